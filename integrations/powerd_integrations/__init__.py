@@ -1,0 +1,1 @@
+"""Everything that plugs powerd into something else; frameworks are imported lazily."""

@@ -1,0 +1,1 @@
+"""Pure planners and controllers: no I/O, no clock, no NVML."""

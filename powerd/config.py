@@ -1,7 +1,7 @@
 """TOML -> Config: refused as a whole when anything in it is wrong, with file, line and the nearest valid name.
 
-House rules: every key is a dataclass field with a default, a unit in its name and a one-line help; nothing else reads configuration
-files; a reload that fails changes nothing.
+House rules: every key is a dataclass field with a default, a unit in its name and a one-line help; nothing else reads
+configuration files; a reload that fails changes nothing.
 """
 
 from __future__ import annotations
@@ -174,14 +174,17 @@ def default_file() -> Path:
 
 
 def _line_of(text: str, section: str, key: str) -> int:
-    """Where a key stands (tomllib does not say); 1 when it cannot be told."""
+    """Where a key (or, with key "", a section) stands, which tomllib does not say; 1 when it cannot be told."""
+    section_name, key_name = re.escape(section), re.escape(key)
+    dotted = re.compile(rf"\s*{section_name}\s*\.\s*{key_name}\s*=" if key else rf"\s*[\"']?{section_name}[\"']?\s*[=.]")
+    plain = re.compile(rf"\s*[\"']?{key_name}[\"']?\s*=")
     here = ""
     for number, line in enumerate(text.splitlines(), 1):
         if match := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
             here = match[1].strip("\"' ")
             if not key and here == section:
                 return number
-        elif (key and here == section and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line)) or (key and re.match(rf"\s*{re.escape(section)}\s*\.\s*{re.escape(key)}\s*=", line)) or (not key and re.match(rf"\s*[\"']?{re.escape(section)}[\"']?\s*[=.]", line)):
+        elif dotted.match(line) or (key and here == section and plain.match(line)):
             return number
     return 1
 
@@ -266,7 +269,7 @@ def load(path: Path | None = None, *, trusted: bool = True) -> Config:
 
 def keys() -> list[tuple[str, str, Any, str]]:
     """Every key as (section, key, default, help): the documentation page is made from this."""
-    rows = []
+    rows: list[tuple[str, str, Any, str]] = []
     for section in fields(Config):
         if section.default_factory is not MISSING and is_dataclass(section.default_factory):
             rows += [(section.name, f.name, f.default, str(f.metadata["help"])) for f in fields(section.default_factory)]

@@ -1,6 +1,7 @@
 """One small error tree and one table: code -> HTTP status -> exit code.
 
-House rules: every error says whose fault it is (request, device, daemon) and what to do next; nothing is changed when one is raised.
+House rules: every error says whose fault it is (request, device, daemon) and what to do next;
+nothing is changed when one is raised.
 """
 
 from __future__ import annotations

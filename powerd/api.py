@@ -1,7 +1,7 @@
 """Request and response types shared by server and client, and the routes as data; OpenAPI is made from both.
 
-House rules: stdlib only; a field is defined once (powerd.model's where one exists); fields are only ever added within a major version;
-JSON names are the field names; UUIDs address GPUs.
+House rules: stdlib only; a field is defined once (powerd.model's where one exists); fields are only ever added within a major
+version; JSON names are the field names; UUIDs address GPUs.
 """
 
 from __future__ import annotations
@@ -288,4 +288,4 @@ ROUTES: tuple[Route, ...] = (
 #: First message on the attach socket (SOCK_SEQPACKET, JSON): {"api": "1.0", "lease": id, "token": token}; the answer is an
 #: ErrorView or a LeaseView. From then on the lease lives no longer than this connection and the process that opened it.
 ATTACH_MAX_BYTES = 4096
-LEASE_TOKEN_HEADER = "Powerd-Lease-Token"
+LEASE_TOKEN_HEADER = "Powerd-Lease-Token"  # noqa: S105 (a header's name, not a secret)

@@ -1,0 +1,54 @@
+"""Named places at which a test may kill this process, so that every crash boundary is a listed one.
+
+House rules: a name is listed in KILL_POINTS or it is an error; without the environment variable a point costs one comparison.
+``POWERD_KILL_AT=NAME[:N]`` sends SIGKILL to the process when it passes NAME for the N-th time (default 1).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+KILL_POINTS: tuple[str, ...] = (
+    # powerd-hw worker: one set, from journal to verification
+    "hw.intent.before",
+    "hw.intent.written",
+    "hw.call.before",
+    "hw.call.returned",
+    "hw.readback.before",
+    "hw.verified",
+    "hw.done.written",
+    # powerd-hw worker: one restore
+    "hw.restore.before",
+    "hw.restore.called",
+    "hw.restore.written",
+    # powerd-hw supervisor
+    "hw.desired.received",
+    "hw.worker.started",
+    # powerd
+    "powerd.lease.accepted",
+    "powerd.lease.saved",
+    "powerd.desired.sent",
+    "powerd.outcome.received",
+    "powerd.lease.answered",
+    # client
+    "client.lease.requested",
+    "client.lease.granted",
+    "client.attached",
+    "client.wants.changed",
+    "client.release.before",
+)
+
+_name, _, _count = os.environ.get("POWERD_KILL_AT", "").partition(":")
+_left = int(_count or "1")
+if _name and _name not in KILL_POINTS:
+    raise SystemExit(f"POWERD_KILL_AT: unknown kill point {_name!r}")
+
+
+def killpoint(name: str) -> None:
+    """Die here by SIGKILL if a test asked for it."""
+    global _left
+    if _name and name == _name:
+        _left -= 1
+        if _left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)

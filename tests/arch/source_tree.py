@@ -60,8 +60,8 @@ def is_ours(module: str) -> bool:
 
 
 def is_stdlib(module: str) -> bool:
-    """Whether a module comes with Python."""
-    return module.split(".", maxsplit=1)[0] in sys.stdlib_module_names
+    """Whether a module comes with Python (`_typeshed` comes with every type checker)."""
+    return module.split(".", maxsplit=1)[0] in sys.stdlib_module_names | {"_typeshed"}
 
 
 def imports_of(module: str, source: str, known: frozenset[str], is_package: bool = False) -> list[Import]:

@@ -1,0 +1,1 @@
+"""The commands that people type: powerctl and the rarer verbs of powerd."""

@@ -20,7 +20,7 @@ from typing import Annotated, Final
 import typer
 
 from powerd import config
-from powerd.errors import EXIT_DENIED, ConfigError, DeniedError, PowerdError, UnavailableError
+from powerd.errors import ConfigError, DeniedError, UnavailableError
 from powerd.resources import folder
 
 UNITS: Final = ("powerd.socket", "powerd-attach.socket", "powerd-hw.service", "powerd.service")
@@ -147,15 +147,12 @@ def _warn_about_peer(path: Path) -> None:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _errors_say_where() -> Iterator[None]:
+    """Files that cannot be written are an operator's error like any other: one line, with the file in it."""
     try:
         yield
-    except PowerdError as error:
-        typer.echo(f"powerctl service: {error}", err=True)
-        raise typer.Exit(error.code.exit_code) from error
     except OSError as error:
-        typer.echo(f"powerctl service: {error.filename}: {error.strerror}", err=True)
-        raise typer.Exit(EXIT_DENIED) from error
+        raise DeniedError(f"{error.filename}: {error.strerror}", hint="run it as root, or with another --prefix") from error
 
 
 @app.command()
@@ -165,7 +162,7 @@ def install(
     now: Annotated[bool, typer.Option("--now", help="Start the units as well.")] = False,
 ) -> None:
     """Write the units, the user and (if there is none) a configuration that only monitors; enable the units."""
-    with _one_line_errors():
+    with _errors_say_where():
         python = Path(sys.executable)
         _check_root(prefix, dry_run)
         if prefix == Path("/"):
@@ -187,7 +184,7 @@ def install(
 @app.command()
 def uninstall(prefix: _Prefix = Path("/"), dry_run: _DryRun = False) -> None:
     """Stop and remove the units; what powerd had set is restored; configuration, history and the user stay."""
-    with _one_line_errors():
+    with _errors_say_where():
         _check_root(prefix, dry_run)
         present = [unit for unit in UNITS if _unit_path(prefix, unit).exists()]
         if prefix == Path("/") and present:

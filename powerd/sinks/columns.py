@@ -83,7 +83,7 @@ def _parts(column: Column, table: str) -> tuple[str, str, str, str]:
 
 
 def select(table: str, columns: Iterable[Column], *, one_gpu: bool) -> str:
-    """Sum up rows of ``table`` into buckets of :step seconds, :since <= ts < :until: gpu, bucket, then each column's stored parts."""
+    """Buckets of :step seconds over :since <= ts < :until of ``table``: gpu, bucket, then each column's stored parts."""
     inner, outer, joins = [], ["a.gpu", "a.bucket"], []
     for number, column in enumerate(columns):
         if column.kind is Kind.MEAN:
@@ -108,12 +108,12 @@ def select(table: str, columns: Iterable[Column], *, one_gpu: bool) -> str:
 def roll_up(source: str, target: str) -> str:
     """Fill the target's buckets from the source; run again it gives the same rows."""
     names = ", ".join(name for column in COLUMNS for name in column.stored())
-    return f"INSERT OR REPLACE INTO {target} (gpu, ts, {names}) {select(source, COLUMNS, one_gpu=False)}"  # noqa: S608
+    return f"INSERT OR REPLACE INTO {target} (gpu, ts, {names}) {select(source, COLUMNS, one_gpu=False)}"
 
 
 def insert_raw() -> str:
     """One raw row."""
-    return f"INSERT OR REPLACE INTO raw VALUES (?, ?{', ?' * len(COLUMNS)})"
+    return f"INSERT OR REPLACE INTO raw VALUES (?, ?{', ?' * len(COLUMNS)})"  # noqa: S608 (a constant)
 
 
 class BitsOr:

@@ -1,7 +1,7 @@
 """The loop: what hw says -> leases -> reconcile -> the desired table back to hw.
 
-House rules: one thread, one writer; the table is written whole and renewed, so that hw undoes everything by itself when this process
-hangs; nothing is set unless the operator said ``control = true``; while leases live no table without them is ever sent.
+House rules: one thread, one writer; the table is written whole and renewed, so that hw undoes everything by itself when this
+process hangs; nothing is set unless the operator said ``control = true``; while leases live no table without them is ever sent.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Engine:
         self.panic = False
         self.quiesced_until_ns: int | None = None
         self.progress = 0  # completed rounds of the loop: the watchdog is fed only when it moved
-        self.on_end: Callable[[Lease], None] = lambda lease: None
+        self.on_lease: Callable[[Lease], None] = lambda lease: None  # told when one changes state
         self._file = lease_file
         self._held: Mapping[Key, Held] = {}
         self._asked: dict[Key, tuple[Interval | None, int]] = {}  # the value hw was last told, and in which table
@@ -172,6 +172,7 @@ class Engine:
                 self.node.processes_table(content)
             elif table is frames.Table.STATUS:
                 self.node.status_table(content)
+                self.update(force=True)
             elif table is frames.Table.EVENT:
                 for row in content if isinstance(content, list) else [content]:
                     self._hw_event(row)
@@ -194,9 +195,9 @@ class Engine:
             if (event is LeaseEvent.GPU_LOST) == (uuid not in lease.lost):
                 changed = self._put(advance(lease, event, self.clock.now_ns(), gpu=uuid))
                 if changed.state is not lease.state:
-                    self.events.add(
-                        f"lease_{changed.state.value}", uuid=uuid, subject=lease.id, detail=f"{uuid} is {health.value}"
-                    )
+                    why = f"{uuid} is {health.value}"
+                    self.events.add(f"lease_{changed.state.value}", uuid=uuid, subject=lease.id, detail=why)
+                    self.on_lease(changed)
         self.update()
 
     def _tell_outcome(self, outcome: Outcome) -> None:
@@ -221,7 +222,7 @@ class Engine:
     def update(self, force: bool = False) -> None:
         """Reconcile and tell hw when something changed or the table has to be renewed."""
         now_ns = self.clock.now_ns()
-        active = self.config.daemon.control and not self.panic and self.quiesced_until_ns is None
+        active = self.config.daemon.control and not self.panic and self.quiesced_until_ns is None and not self.node.hold
         if active and not self.node.capabilities and self.leases:
             self._plan_next(None)
             return  # the GPUs are not known yet: what hw holds for these leases stays
@@ -229,6 +230,10 @@ class Engine:
         self.setpoints, self._held = result.setpoints, result.held
         self._tell_refusals()
         self._command_state()
+        if not active:
+            self._asked.clear()  # hw is at baseline by itself: it refuses tables meanwhile
+            self._plan_next(None)
+            return
         values = {key: s.value for key, s in self.setpoints.items() if s.value is not None}
         changed = [k for k in values.keys() | self._asked.keys() if self._asked.get(k, (None, 0))[0] != values.get(k)]
         renew = now_ns - self._sent_ns >= from_seconds(RENEW_S)
@@ -317,7 +322,7 @@ class Engine:
             self.ended.popitem(last=False)
         self._dirty = True
         self.events.add("lease_ended", subject=lease.id, detail=str(ended.end), data={"user": lease.user, "reason": lease.reason})
-        self.on_end(ended)
+        self.on_lease(ended)
         return ended
 
     def _check_may_set(self) -> None:
@@ -329,6 +334,10 @@ class Engine:
             raise UnavailableError("panic: every GPU is at baseline", hint="powerctl resume", code="busy")
         if self.quiesced_until_ns is not None:
             raise UnavailableError("quiesced for maintenance", hint="powerctl resume, or wait", code="busy")
+        if self.node.hold:
+            raise UnavailableError(
+                f"powerd-hw keeps every GPU at baseline: {self.node.hold}", hint="powerctl resume", code="busy"
+            )
         if self.hw is None or not self.hw.connected:
             raise UnavailableError("powerd-hw is not connected", hint=self.node.hw_problem or "systemctl status powerd-hw")
 
@@ -357,8 +366,13 @@ class Engine:
             Outcome(*key, seq=0, requested=planned[key].value, verdict=Verdict.PENDING) for key in keys if key in planned
         )
 
-    async def acquire(self, who: Principal, request: LeaseRequest) -> tuple[Lease, str | None, tuple[Outcome, ...]]:
-        """Grant a lease: (lease, token, outcomes). All of it is set or none: a failed set ends the lease and is the error."""
+    async def acquire(
+        self, who: Principal, request: LeaseRequest, watch: Callable[[Lease], None] = lambda lease: None
+    ) -> tuple[Lease, str | None, tuple[Outcome, ...]]:
+        """Grant a lease: (lease, token, outcomes). All of it is set or none: a failed set ends the lease and is the error.
+
+        ``watch`` is called before anything is set, so that a holder that dies at any later moment is noticed.
+        """
         self._check_may_set()
         limits = self.config.leases
         check_request(request, self.node.capabilities, self.node.unreachable(), self.config.limits, limits.max_ttl_s)
@@ -379,6 +393,7 @@ class Engine:
             del self.leases[lease.id]
             raise UnavailableError(f"leases cannot be saved: {error}", hint="free space in daemon.state_dir", code="busy")
         killpoint("powerd.lease.saved")
+        watch(lease)
         self.events.add(
             "lease_granted", subject=lease.id, detail=lease.reason, data={"user": lease.user, "gpus": len(lease.gpus)}
         )
@@ -529,6 +544,8 @@ class Engine:
         self.panic, self.quiesced_until_ns = False, None
         if ended:
             self.events.add("resumed", detail=why, data={"ended": " and ".join(ended)})
+        if self.node.hold and not ended:
+            ended = [self.node.hold]  # powerd-hw held back on its own: a crash loop, or a panic that this powerd does not know
         self._told_hw = (frames.Command.PANIC,) if ended else self._told_hw
         self.update(force=True)
         self._save()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from powerd.killpoint import killpoint
+
 _NUMBER = struct.Struct("<Q")
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -66,6 +68,7 @@ def next_generation(directory: Path, wait: Callable[[int], bool]) -> int:
         number = _read(fd) + 1
         os.pwrite(fd, _NUMBER.pack(number), 0)
         os.fsync(fd)
+        killpoint("hw.generation.raised")
         return number
     finally:
         os.close(fd)

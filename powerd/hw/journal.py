@@ -12,6 +12,7 @@ import stat
 import struct
 import threading
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from uuid import UUID
 
 from powerd.errors import ConfigError
 from powerd.hw.frames import CONTROLS, gpu_bytes, gpu_uuid
+from powerd.killpoint import killpoint
 from powerd.model import Control, Interval
 
 SCHEMA = 2
@@ -47,8 +49,8 @@ class _Type(IntEnum):
 class Entry:
     """One (GPU, control) that is or may be away from its baseline."""
 
-    baseline: Interval | None  # None: unlocked, or for a limit: not known
-    intent: Interval | None = None  # None with ``writing`` False: nothing was asked of the driver yet
+    baseline: Interval | None  # found before the first write; None: unlocked, or a limit that could not be read
+    intent: Interval | None = None  # what the driver was last about to be told
     done: bool = False
 
 
@@ -106,8 +108,11 @@ def _fold(record: bytes, into: Recovered) -> bool:
     return True
 
 
-def parse(data: bytes, boot: bytes, driver_load: bytes) -> Recovered:
-    """Read the bytes of a journal; pure. A torn tail keeps what is before it, a corrupt middle keeps nothing."""
+def parse(data: bytes, boot: bytes, driver_load: bytes | None) -> Recovered:
+    """Read the bytes of a journal; pure; ``driver_load`` may be ``None`` when it is not known yet.
+
+    A torn tail keeps what is before it, a corrupt middle keeps nothing.
+    """
     found = Recovered()
     if len(data) < RECORD_BYTES or not _sound(data[:RECORD_BYTES]):
         found.damaged = "the header is damaged"
@@ -129,16 +134,37 @@ def parse(data: bytes, boot: bytes, driver_load: bytes) -> Recovered:
         break
     if not found.damaged and len(data) != CAPACITY_BYTES:
         found.damaged = f"{len(data)} bytes instead of {CAPACITY_BYTES}: its end is missing"
-    if header_boot != boot or header_load != driver_load:
+    if header_boot != boot or driver_load not in (None, header_load):
         found.stale, found.damaged = True, ""
         found.entries.clear()
     return found
 
 
+def is_clean(directory: Path) -> bool:
+    """Whether the journal says, without asking any driver, that there is nothing to restore."""
+    try:
+        fd = os.open(directory / FILE_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    with os.fdopen(fd, "rb") as stream:
+        found = parse(stream.read(2 * CAPACITY_BYTES), boot_id(), None)
+    return not found.entries and not found.damaged
+
+
 class Journal:
     """The open journal of the one worker that may write; every method may be called from any thread."""
 
-    def __init__(self, directory: Path, driver_load: bytes, generation: int, boot: bytes | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        driver_load: bytes,
+        generation: int,
+        everything: Mapping[Key, Interval | None],
+        boot: bytes | None = None,
+    ) -> None:
+        """Recover what is there; after damage ``everything`` (each control of each GPU and its rule baseline) fills the gaps."""
         self._directory, self._load, self._generation = directory, driver_load, generation
         self._boot = boot or boot_id()
         self._lock = threading.Lock()
@@ -147,6 +173,9 @@ class Journal:
         self._fd = -1
         self.recovered = self._recover()
         self._entries: dict[Key, Entry] = dict(self.recovered.entries)
+        if self.recovered.damaged:
+            for key, baseline in everything.items():
+                self._entries.setdefault(key, Entry(baseline))
         self._epochs = dict(self.recovered.epochs)
         self._rewrite()
 
@@ -175,16 +204,19 @@ class Journal:
             if not os.path.lexists(aside):
                 break
         # a copy stays in place until the rewrite below replaces it: no moment without a journal
-        os.link(self.path, aside, follow_symlinks=False)
+        try:
+            os.link(self.path, aside, follow_symlinks=False)
+        except OSError:  # not a file at all
+            os.rename(self.path, aside)
         found.quarantined = aside
         return found
 
     def _rewrite(self) -> None:
         """Compaction: header and live state into a new file that takes the old one's place in one step."""
         rows = [_seal(_HEADER.pack(_Type.HEADER, SCHEMA, self._generation, self._boot, self._load))]
-        for uuid, (epoch, energy_mj) in self._epochs.items():
+        for uuid, (epoch, energy_mj) in list(self._epochs.items()):
             rows.append(_record(_Type.EPOCH, uuid, None, Interval(epoch, epoch), self._generation, energy_mj))
-        for (uuid, control), entry in self._entries.items():
+        for (uuid, control), entry in list(self._entries.items()):
             rows.append(_record(_Type.BASELINE, uuid, control, entry.baseline, self._generation))
             if entry.intent is not None or entry.done:
                 rows.append(_record(_Type.DONE if entry.done else _Type.INTENT, uuid, control, entry.intent, self._generation))
@@ -197,6 +229,7 @@ class Journal:
             # zeros are written, not only reserved: a later fdatasync then moves data and no metadata, and never lacks space
             os.pwrite(fd, data.ljust(CAPACITY_BYTES, b"\0"), 0)
             os.fsync(fd)
+            killpoint("hw.journal.compacted")
             os.replace(temporary, self.path)
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -234,12 +267,12 @@ class Journal:
         """The journalled state of a pair, ``None`` when powerd has not touched it."""
         return self._entries.get((uuid, control))
 
-    def keys(self) -> list[Key]:
+    def touched(self) -> list[Key]:
         """Every pair that is not known to be at baseline."""
         return list(self._entries)
 
     def intend(self, uuid: str, control: Control, baseline: Interval | None, value: Interval) -> None:
-        """On disk when this returns: the baseline (at the first write of the pair) and what the driver is about to be told."""
+        """On disk when this returns: the baseline (used at the first write of the pair only) and what the driver will be told."""
         key, rows = (uuid, control), []
         entry = self._entries.get(key)
         if entry is None:

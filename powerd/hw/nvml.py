@@ -238,7 +238,7 @@ class NvmlDevice:
     def _controls(
         self, limits: bool, sm_clocks: tuple[int, ...], memory_clocks: tuple[int, ...], mig: bool
     ) -> dict[Control, Support]:
-        if not may_set():
+        if not self._simulated and not may_set():  # a simulated driver decides for itself who may
             return dict.fromkeys(Control, Support(False, _NO_PERMISSION_TEXT))
         yes = Support(True, "MIG is on: acts on the whole GPU, for all its instances" if mig else "")
         arch = self._architecture
@@ -298,9 +298,14 @@ class NvmlNode:
         return found
 
     def find(self, uuid: str) -> NvmlDevice:
-        for device in self.devices():
-            if device.gpu.uuid == uuid:
-                return device
+        for index in range(self._count()):
+            try:
+                handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                if self._nvml.nvmlDeviceGetUUID(handle) == uuid:
+                    return self._open(index)
+            except self._nvml.NVMLError as error:
+                if error.value in port.DRIVER_GONE:
+                    raise device_error(uuid, int(error.value), str(error)) from error
         raise device_error(uuid, port.GPU_IS_LOST, "not among the GPUs that answer")
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ class Container:
             if done.returncode == 0:
                 return done.stdout
             if time.monotonic() > until:
-                journal = self.run("journalctl --no-pager --lines=60", check=False).stdout
+                journal = self.run("journalctl --no-pager --lines=40", check=False).stdout
                 pytest.fail(f"not within {timeout_s} s: {command}\n{done.stdout}\n{done.stderr}\n{journal}")
             time.sleep(0.1)
 

@@ -15,7 +15,7 @@ from powerd.sim.workload import Context
 PROFILE = "gpt3-175b"
 STAGES = 8
 #: Handed to the GPU at once, so that it does not idle while Python wakes up (scaled time makes that gap longer).
-MICROBATCHES = 3
+MICROBATCHES = 2
 
 
 def stage_of(gpu: int) -> int:

@@ -22,7 +22,10 @@ KILL_POINTS: tuple[str, ...] = (
     "hw.restore.before",
     "hw.restore.called",
     "hw.restore.written",
+    # powerd-hw worker: compaction of its journal
+    "hw.journal.compacted",
     # powerd-hw supervisor
+    "hw.generation.raised",
     "hw.desired.received",
     "hw.worker.started",
     # powerd

@@ -9,6 +9,7 @@ Forms: `t = a + b / min(f, f_cap)` and `P = ps + c * x * V(x)^2` with x = f / f_
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,7 +147,7 @@ def interpolate(curve: Curve, clock_mhz: float) -> Point:
     """Read a curve between its points as the simulator does: linear in rate and in power."""
     if clock_mhz <= curve[0].clock_mhz:
         return curve[0]
-    for low, high in zip(curve, curve[1:], strict=False):
+    for low, high in itertools.pairwise(curve):
         if clock_mhz <= high.clock_mhz:
             share = (clock_mhz - low.clock_mhz) / (high.clock_mhz - low.clock_mhz)
             rate = (1 - share) / low.time_s + share / high.time_s

@@ -38,17 +38,62 @@ class Model(c.Structure):
         ("name", c.c_char * NAME),
         *[
             (name, c.c_uint32)
-            for name in ["architecture", "cc_major", "cc_minor", "cores", "brand", "pci_device_id", "pci_subsystem_id", "clock_min_mhz", "clock_max_mhz", "clock_step_mhz", "idle_clock_mhz", "memory_clock_count"]
+            for name in [
+                "architecture",
+                "cc_major",
+                "cc_minor",
+                "cores",
+                "brand",
+                "pci_device_id",
+                "pci_subsystem_id",
+                "clock_min_mhz",
+                "clock_max_mhz",
+                "clock_step_mhz",
+                "idle_clock_mhz",
+                "memory_clock_count",
+            ]
         ],
         ("memory_clock_mhz", c.c_uint32 * 4),
         *[
             (name, c.c_uint32)
-            for name in ["memory_lock_supported", "power_usage_is_average", "limit_min_mw", "limit_max_mw", "limit_default_mw", "fan_supported", "mig_supported"]
+            for name in [
+                "memory_lock_supported",
+                "power_usage_is_average",
+                "limit_min_mw",
+                "limit_max_mw",
+                "limit_default_mw",
+                "fan_supported",
+                "mig_supported",
+            ]
         ],
         ("memory_bytes", c.c_uint64),
         *[
             (name, c.c_double)
-            for name in ["idle_w", "context_idle_w", "blocked_w", "voltage_floor", "voltage_knee", "sensor_period_s", "sensor_window_s", "energy_period_s", "sensor_noise", "sensor_gain_spread", "energy_gain_spread", "ambient_c", "thermal_c_per_w", "thermal_tau_s", "leak_w_per_c", "slowdown_c", "shutdown_c", "cap_bind", "cap_target", "cap_tau_s", "cap_tick_s", "cap_gain", "settle_s"]
+            for name in [
+                "idle_w",
+                "context_idle_w",
+                "blocked_w",
+                "voltage_floor",
+                "voltage_knee",
+                "sensor_period_s",
+                "sensor_window_s",
+                "energy_period_s",
+                "sensor_noise",
+                "sensor_gain_spread",
+                "energy_gain_spread",
+                "ambient_c",
+                "thermal_c_per_w",
+                "thermal_tau_s",
+                "leak_w_per_c",
+                "slowdown_c",
+                "shutdown_c",
+                "cap_bind",
+                "cap_target",
+                "cap_tau_s",
+                "cap_tick_s",
+                "cap_gain",
+                "settle_s",
+            ]
         ],
     ]
 
@@ -96,12 +141,34 @@ class View(c.Structure):
         *[(name, c.c_double) for name in ("power_w", "clock_mhz", "temperature_c")],
         *[
             (name, c.c_uint32)
-            for name in ["lock_min_mhz", "lock_max_mhz", "memory_lock_min_mhz", "memory_lock_max_mhz", "limit_mw", "enforced_mw", "default_limit_mw", "out_of_band_mw"]
+            for name in [
+                "lock_min_mhz",
+                "lock_max_mhz",
+                "memory_lock_min_mhz",
+                "memory_lock_max_mhz",
+                "limit_mw",
+                "enforced_mw",
+                "default_limit_mw",
+                "out_of_band_mw",
+            ]
         ],
         ("reasons", c.c_uint64),
         *[
             (name, c.c_uint32)
-            for name in ["persistence", "mig", "lost", "hung", "frozen", "busy", "processes", "xid_count", "last_xid", "utilization", "memory_clock_mhz", "capped"]
+            for name in [
+                "persistence",
+                "mig",
+                "lost",
+                "hung",
+                "frozen",
+                "busy",
+                "processes",
+                "xid_count",
+                "last_xid",
+                "utilization",
+                "memory_clock_mhz",
+                "capped",
+            ]
         ],
         ("setter_calls", c.c_uint64),
         ("memory_used", c.c_uint64),

@@ -48,34 +48,34 @@ class GpuModel:
     profile: str | None = None
 
 
-_A100 = dict(
-    architecture=7,
-    compute_capability=(8, 0),
-    cores=6912,
-    clock_min_mhz=210,
-    clock_max_mhz=1410,
-    idle_clock_mhz=210,
-    power_usage_is_average=False,
-    idle_w=53.7,
-    context_idle_w=80.0,
-    energy_period_s=0.1,
-    memory_lock=False,
-)
-_HOPPER = dict(
-    architecture=9,
-    compute_capability=(9, 0),
-    cores=16896,
-    clock_min_mhz=210,
-    clock_max_mhz=1980,
-    idle_clock_mhz=345,
-    power_usage_is_average=True,
-    limit_min_w=200,
-    limit_max_w=700,
-    limit_default_w=700,
-    energy_period_s=0.02,
-    memory_lock=True,
-    stress_w=690.0,
-)
+_A100 = {
+    "architecture": 7,
+    "compute_capability": (8, 0),
+    "cores": 6912,
+    "clock_min_mhz": 210,
+    "clock_max_mhz": 1410,
+    "idle_clock_mhz": 210,
+    "power_usage_is_average": False,
+    "idle_w": 53.7,
+    "context_idle_w": 80.0,
+    "energy_period_s": 0.1,
+    "memory_lock": False,
+}
+_HOPPER = {
+    "architecture": 9,
+    "compute_capability": (9, 0),
+    "cores": 16896,
+    "clock_min_mhz": 210,
+    "clock_max_mhz": 1980,
+    "idle_clock_mhz": 345,
+    "power_usage_is_average": True,
+    "limit_min_w": 200,
+    "limit_max_w": 700,
+    "limit_default_w": 700,
+    "energy_period_s": 0.02,
+    "memory_lock": True,
+    "stress_w": 690.0,
+}
 _GPT3_A100 = "stage_profile_gpt3-175b_a100_sxm.csv"
 _GPT3_A40 = "stage_profile_gpt3-175b_a40.csv"
 

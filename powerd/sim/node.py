@@ -295,7 +295,7 @@ def create(
     library = bind(str(build()))
     folder = None
     if path is None:
-        shared = Path("/dev/shm")
+        shared = Path("/dev/shm")  # noqa: S108 - a folder of our own is made inside
         folder = Path(tempfile.mkdtemp(prefix="powerd-sim-", dir=shared if os.access(shared, os.W_OK) else None))
         folder.chmod(0o755)
         path = folder / "node"

@@ -110,8 +110,13 @@ static void read_field(const struct sim_model *model, const struct sim_gpu *gpu,
     unsigned long long u64 = 0;
     bool wide = false;
     field->nvmlReturn = NV_SUCCESS;
-    /* 185/186 have scopes: 0 GPU; 1 module and 2 memory are not served by these boards. */
+    /* 185/186 have scopes: 0 GPU, 1 module (Grace boards only), 2 memory (Hopper, average only; a rough share). */
     if ((field->fieldId == FIELD_POWER_AVERAGE || field->fieldId == FIELD_POWER_INSTANT) && field->scopeId != 0) {
+        if (field->scopeId == 2 && field->fieldId == FIELD_POWER_AVERAGE && model->architecture >= 9) {
+            field->valueType = NV_VALUE_UINT;
+            field->value.ullVal = gpu->average_mw / 8 + gpu->memory_utilization * 600;
+            return;
+        }
         field->nvmlReturn = field->scopeId > 2 ? NV_INVALID_ARGUMENT : NV_NOT_SUPPORTED;
         return;
     }

@@ -1,0 +1,291 @@
+"""Request and response types shared by server and client, and the routes as data; OpenAPI is made from both.
+
+House rules: stdlib only; a field is defined once (powerd.model's where one exists); fields are only ever added within a major
+version; JSON names are the field names; UUIDs address GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from powerd.model import (
+    Capabilities,
+    Control,
+    Event,
+    Interval,
+    LeaseEnd,
+    LeaseState,
+    Outcome,
+    Reading,
+    Setpoint,
+    WantClass,
+)
+
+#: An older client of the same major version keeps working; header ``Powerd-Api`` on every request and response.
+API_VERSION = (1, 0)
+API_HEADER = "Powerd-Api"
+FLIGHT_HEADER = "Powerd-Sim-Flight"  # the client counts its messages on a stepped clock
+
+
+@dataclass(frozen=True, slots=True)
+class WantSpec:
+    """What a client asks for one control: at least one bound; equal bounds pin it. mW or MHz."""
+
+    control: Control
+    low: int | None = None
+    high: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """``POST /v1/leases``: set these controls on these GPUs for this reason until released, expired or the holder dies."""
+
+    gpus: tuple[str, ...]  # UUIDs
+    wants: tuple[WantSpec, ...]
+    reason: str
+    ttl_s: float | None = None  # None: the daemon's default
+    job: str | None = None
+    detached: bool = False  # True: bound to TTL and heartbeat only, not to a connection
+    min_dwell_s: float | None = None  # declared by a clock plan or a profiling sweep
+    dry_run: bool = False
+    wait_s: float = 2.0  # how long the answer may wait for outcomes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseChange:
+    """``PATCH /v1/leases/{id}``: replace the wants of a live lease (header ``Powerd-Lease-Token``)."""
+
+    wants: tuple[WantSpec, ...]
+    wait_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """A lease as anybody who may see it sees it; ``token`` only in the answer that grants it."""
+
+    id: str
+    state: LeaseState
+    want_class: WantClass
+    uid: int
+    user: str
+    pid: int | None
+    gpus: tuple[str, ...]
+    wants: tuple[WantSpec, ...]
+    reason: str
+    job: str | None
+    detached: bool
+    ttl_s: float
+    expires_in_s: float
+    age_s: float
+    outcomes: tuple[Outcome, ...] = ()
+    refused: tuple[RefusalView, ...] = ()
+    end: LeaseEnd | None = None
+    token: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalView:
+    """A want that is not served and why."""
+
+    uuid: str
+    control: Control
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """``GET /v1/node``: what this node is and whether powerd may set anything."""
+
+    version: str
+    api_version: str
+    hostname: str
+    simulated: bool
+    time_scale: float | None  # of a simulated node; 0 = stepped
+    control: bool
+    control_why: str  # why not, in one line
+    panic: bool
+    quiesced: bool
+    driver_version: str | None
+    hw_connected: bool
+    hw_generation: int | None
+    sample_hz: float
+    started_wall_ns: int
+    config_reload_ok: bool
+    config_error: str
+    gpus: tuple[Capabilities, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotView:
+    """``GET /v1/snapshot``: the readings that the caller may see; ``age_s`` is that of the oldest."""
+
+    seq: int
+    time_ns: int
+    wall_ns: int
+    age_s: float
+    simulated: bool
+    readings: tuple[Reading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ControlExplain:
+    """Why one control of one GPU is what it is."""
+
+    control: Control
+    available: bool
+    unavailable_reason: str
+    baseline: Interval | None
+    device: Interval | None
+    site: Interval | None
+    setpoint: Setpoint | None  # winner, losers (refused), everything considered
+    outcome: Outcome | None  # requested / accepted / enforced / observed
+    last_change_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """``GET /v1/explain/{uuid}``: requested, accepted, enforced, observed, winner, losers, limits, clock event reasons."""
+
+    uuid: str
+    index: int
+    name: str
+    health: str
+    reading: Reading | None
+    clock_event_reasons: tuple[str, ...]
+    controls: tuple[ControlExplain, ...]
+    leases: tuple[LeaseView, ...]
+    recent_events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBegin:
+    """``POST /v1/windows``: start measuring energy on these GPUs."""
+
+    gpus: tuple[str, ...]
+    name: str = ""
+    job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyFigure:
+    """Energy of one GPU in one window: the true value lies in ``low_j..high_j`` with 95 % confidence."""
+
+    uuid: str
+    energy_j: float | None  # None when it cannot be known (GPU lost, counter reset inside the window)
+    low_j: float | None
+    high_j: float | None
+    average_power_w: float | None
+    method: str  # counter, counter+power, integrated
+    epochs: tuple[int, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowView:
+    """An energy window; ``figures`` once it has ended. ``duration_s`` is between the two requests as the daemon saw them."""
+
+    id: str
+    name: str
+    job: str | None
+    begin_ns: int
+    end_ns: int | None
+    duration_s: float | None
+    figures: tuple[EnergyFigure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HistorySeries:
+    """One GPU's history: ``columns[name][i]`` belongs to ``time_s[i]`` (Unix seconds, start of the bucket)."""
+
+    uuid: str
+    step_s: float
+    time_s: tuple[float, ...]
+    columns: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryView:
+    """``GET /v1/history?gpu=&since=&until=&points=&columns=``: from the table that answers the range cheaply."""
+
+    table: str
+    since_s: float
+    until_s: float
+    series: tuple[HistorySeries, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorView:
+    """Every error answer: ``{"error": {...}}``."""
+
+    code: str
+    message: str
+    hint: str
+    fault: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A command was carried out; ``detail`` says what changed."""
+
+    ok: bool = True
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QuiesceRequest:
+    """``POST /v1/quiesce``: baseline everywhere, close every NVML handle, resume by itself after ``max_s``."""
+
+    max_s: float = 900.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the API."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    request: type | None = None
+    response: type | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
+    many: bool = False  # the response is a JSON array of ``response``
+    media: str = "application/json"
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/healthz", "healthz", "Alive and fed with samples; no permission needed", response=Ack),
+    Route("GET", "/metrics", "metrics", "Prometheus page", media="text/plain"),
+    Route("GET", "/openapi.json", "openapi", "This API as OpenAPI 3.1"),
+    Route("GET", "/v1/node", "node", "The node, its GPUs and what can be controlled", response=NodeView),
+    Route("GET", "/v1/snapshot", "snapshot", "The newest reading of every GPU the caller may see", response=SnapshotView),
+    Route("GET", "/v1/stream", "stream", "Server-sent events: snapshot, event, heartbeat; id = sequence number",
+          query={"hz": "snapshots per second, at most the sampling rate", "events": "only events when 1"},
+          media="text/event-stream"),
+    Route("GET", "/v1/leases", "leases", "Leases the caller may see", response=LeaseView, many=True),
+    Route("POST", "/v1/leases", "lease_create", "Acquire a lease", request=LeaseRequest, response=LeaseView),
+    Route("GET", "/v1/leases/{id}", "lease", "One lease", response=LeaseView),
+    Route("PATCH", "/v1/leases/{id}", "lease_change", "Replace its wants", request=LeaseChange, response=LeaseView),
+    Route("POST", "/v1/leases/{id}/heartbeat", "lease_heartbeat", "Renew its TTL", response=LeaseView),
+    Route("DELETE", "/v1/leases/{id}", "lease_release", "Release it; answers when the settings are undone", response=LeaseView),
+    Route("GET", "/v1/explain/{uuid}", "explain", "Why this GPU is set as it is", response=Explain),
+    Route("POST", "/v1/windows", "window_begin", "Begin an energy window", request=WindowBegin, response=WindowView),
+    Route("POST", "/v1/windows/{id}/end", "window_end", "End it and answer the energy with its uncertainty",
+          response=WindowView, query={"wait": "0: answer at once with a wider interval; default: wait for the closing sample"}),
+    Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
+          query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
+                 "columns": "comma separated"}),
+    Route("GET", "/v1/events", "events", "Recent events", response=Event, many=True,
+          query={"since": "sequence number", "limit": "at most"}),
+    Route("POST", "/v1/panic", "panic", "Every GPU to baseline, refuse wants until resume", response=Ack),
+    Route("POST", "/v1/quiesce", "quiesce", "Close every NVML handle for maintenance", request=QuiesceRequest, response=Ack),
+    Route("POST", "/v1/resume", "resume", "End panic and quiesce", response=Ack),
+)  # fmt: skip
+
+#: First message on the attach socket (SOCK_SEQPACKET, JSON): {"api": "1.0", "lease": id, "token": token}; the answer is an
+#: ErrorView or a LeaseView. From then on the lease lives no longer than this connection and the process that opened it.
+ATTACH_MAX_BYTES = 4096
+LEASE_TOKEN_HEADER = "Powerd-Lease-Token"  # noqa: S105 (a header's name, not a secret)

@@ -1,0 +1,276 @@
+"""TOML -> Config: refused as a whole when anything in it is wrong, with file, line and the nearest valid name.
+
+House rules: every key is a dataclass field with a default, a unit in its name and a one-line help; nothing else reads
+configuration files; a reload that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from powerd.errors import ConfigError
+
+SYSTEM_FILE = Path("/etc/powerd/powerd.toml")
+
+
+def _key(default: Any, text: str, *, low: float | None = None, high: float | None = None, one_of: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "one_of": one_of})
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """``[daemon]``: the unprivileged unit."""
+
+    control: bool = _key(False, "false: monitor only, nothing is ever set; true: leases and policies may set clocks and limits")
+    run_dir: str = _key("", "where the API and attach sockets are made; empty: /run/powerd as root, else $XDG_RUNTIME_DIR/powerd")
+    state_dir: str = _key("", "leases, store, ledger; empty: /var/lib/powerd as root, else $XDG_STATE_HOME/powerd")
+    panic_file: str = _key("/etc/powerd/panic", "while this file exists every GPU is at baseline (a fleet can push it)")
+    reattach_s: float = _key(5.0, "seconds after a restart in which leases may come back by token", low=0.5, high=60)
+
+
+@dataclass(frozen=True, slots=True)
+class HwConfig:
+    """``[hw]``: the privileged unit."""
+
+    run_dir: str = _key("", "where hw.sock is made; empty: /run/powerd-hw as root, else $XDG_RUNTIME_DIR/powerd-hw")
+    journal_dir: str = _key("", "the journal; empty: /var/lib/powerd-hw as root, else $XDG_STATE_HOME/powerd-hw")
+    peer_user: str = _key("", "the user whose powerd may connect; empty: root and the user that runs hw")
+    sample_hz: float = _key(10.0, "samples per second and GPU", low=1, high=100)
+    grace_s: float = _key(5.0, "seconds that settings outlive a powerd that died", low=0.5, high=60)
+    read_deadline_s: float = _key(2.0, "a read that takes longer marks its GPU wedged", low=0.1, high=60)
+    write_deadline_s: float = _key(10.0, "a set that takes longer marks its GPU wedged", low=0.1, high=120)
+    min_dwell_s: float = _key(2.0, "minimum seconds between two steps down of one control", low=0, high=600)
+    drift: str = _key("yield", "when somebody else changes a setting that powerd holds", one_of=("yield", "warn", "enforce"))
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """``[limits]``: the site's own bounds; hw enforces them whatever powerd asks. 0 means the device's own bound."""
+
+    power_limit_min_w: float = _key(0.0, "never below, watts", low=0, high=10_000)
+    power_limit_max_w: float = _key(0.0, "never above, watts", low=0, high=10_000)
+    sm_clock_min_mhz: int = _key(0, "no lock below, MHz", low=0, high=10_000)
+    sm_clock_max_mhz: int = _key(0, "no lock above, MHz", low=0, high=10_000)
+    memory_clock_min_mhz: int = _key(0, "no lock below, MHz", low=0, high=20_000)
+    memory_clock_max_mhz: int = _key(0, "no lock above, MHz", low=0, high=20_000)
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineConfig:
+    """``[baseline]``: what "restored" means. 0 = the limit found before the first write / clocks unlocked."""
+
+    power_limit_w: float = _key(0.0, "declared power limit, watts", low=0, high=10_000)
+    sm_clock_min_mhz: int = _key(0, "declared lock of the SM clock, lower end", low=0, high=10_000)
+    sm_clock_max_mhz: int = _key(0, "declared lock of the SM clock, upper end", low=0, high=10_000)
+    memory_clock_min_mhz: int = _key(0, "declared lock of the memory clock, lower end", low=0, high=20_000)
+    memory_clock_max_mhz: int = _key(0, "declared lock of the memory clock, upper end", low=0, high=20_000)
+
+
+@dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """``[access]``: who may do what on the Unix socket."""
+
+    group: str = _key("powerd", "members of this Unix group may control every GPU, as may root and the daemon's own user")
+    open_reads: bool = _key(False, "single-tenant node: everybody may read every GPU at full rate")
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesConfig:
+    """``[leases]``: bounds on leases."""
+
+    default_ttl_s: float = _key(60.0, "TTL of a lease that asks for none", low=1, high=86_400)
+    max_ttl_s: float = _key(86_400.0, "longest TTL; a heartbeat renews it", low=1, high=31_536_000)
+    max_per_uid: int = _key(256, "open leases per user", low=1, high=100_000)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpConfig:
+    """``[tcp]``: the optional TCP listener; off unless ``listen`` is set."""
+
+    listen: str = _key("", 'address and port such as "127.0.0.1:9478"; empty: no TCP')
+    certificate: str = _key("", "PEM file of the server certificate; needed unless the address is loopback")
+    key: str = _key("", "PEM file of the private key")
+    token_file: str = _key("", "file with one bearer token; needed for everything but permitted loopback reads")
+    loopback_reads: bool = _key(False, "reads from loopback without a token")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """``[store]``: the embedded SQLite store."""
+
+    enabled: bool = _key(True, "keep history on this node")
+    raw_hours: float = _key(48.0, "hours of 1 Hz samples", low=1, high=8_760)
+    minute_days: float = _key(30.0, "days of 1-minute roll-ups", low=1, high=3_650)
+    hour_days: float = _key(1_095.0, "days of 1-hour roll-ups", low=1, high=36_500)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """``[metrics]``: the Prometheus page."""
+
+    enabled: bool = _key(True, "serve /metrics")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All of powerd's configuration; immutable, replaced as a whole."""
+
+    daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    hw: HwConfig = field(default_factory=HwConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
+    leases: LeasesConfig = field(default_factory=LeasesConfig)
+    tcp: TcpConfig = field(default_factory=TcpConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+
+def _xdg(variable: str, fallback: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / fallback)
+
+
+def run_dir(config: Config) -> Path:
+    """Where powerd's sockets are."""
+    if config.daemon.run_dir:
+        return Path(config.daemon.run_dir)
+    return Path("/run/powerd") if os.geteuid() == 0 else _xdg("XDG_RUNTIME_DIR", ".cache") / "powerd"
+
+
+def state_dir(config: Config) -> Path:
+    """Where powerd keeps leases and history."""
+    if config.daemon.state_dir:
+        return Path(config.daemon.state_dir)
+    return Path("/var/lib/powerd") if os.geteuid() == 0 else _xdg("XDG_STATE_HOME", ".local/state") / "powerd"
+
+
+def hw_socket(config: Config) -> Path:
+    """The socket between powerd and powerd-hw."""
+    if config.hw.run_dir:
+        return Path(config.hw.run_dir) / "hw.sock"
+    base = Path("/run/powerd-hw") if os.geteuid() == 0 else _xdg("XDG_RUNTIME_DIR", ".cache") / "powerd-hw"
+    return base / "hw.sock"
+
+
+def journal_dir(config: Config) -> Path:
+    """Where powerd-hw keeps its journal."""
+    if config.hw.journal_dir:
+        return Path(config.hw.journal_dir)
+    return Path("/var/lib/powerd-hw") if os.geteuid() == 0 else _xdg("XDG_STATE_HOME", ".local/state") / "powerd-hw"
+
+
+def default_file() -> Path:
+    """The configuration file that is read when none is named."""
+    return SYSTEM_FILE if os.geteuid() == 0 else _xdg("XDG_CONFIG_HOME", ".config") / "powerd" / "powerd.toml"
+
+
+def _line_of(text: str, section: str, key: str) -> int:
+    """Where a key (or, with key "", a section) stands, which tomllib does not say; 1 when it cannot be told."""
+    section_name, key_name = re.escape(section), re.escape(key)
+    dotted = re.compile(rf"\s*{section_name}\s*\.\s*{key_name}\s*=" if key else rf"\s*[\"']?{section_name}[\"']?\s*[=.]")
+    plain = re.compile(rf"\s*[\"']?{key_name}[\"']?\s*=")
+    here = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
+            here = match[1].strip("\"' ")
+            if not key and here == section:
+                return number
+        elif dotted.match(line) or (key and here == section and plain.match(line)):
+            return number
+    return 1
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
+    if get_origin(kind) is UnionType:
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    low, high, one_of = metadata.get("low"), metadata.get("high"), metadata.get("one_of")
+    if low is not None and not low <= value <= high:
+        raise ConfigError(f"{where}: {value} is outside {low:g}..{high:g}")
+    if one_of and value not in one_of:
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(one_of)}")
+    return value
+
+
+def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> Config:
+    """Check one TOML text and lay it over ``base`` (default: all defaults); ConfigError names file, line and remedy."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    config = base or Config()
+    sections = {f.name: f for f in fields(Config)}
+    for section, content in data.items():
+        if section not in sections or not isinstance(content, dict):
+            at = f"{file}:{_line_of(text, section, '')}"
+            raise ConfigError(f"{at}: unknown section or key {section!r}", hint=_nearest(section, sections))
+        current = getattr(config, section)
+        hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
+        changes = {}
+        for key, value in content.items():
+            at = f"{file}:{_line_of(text, section, key)}"
+            if key not in known:
+                raise ConfigError(f"{at}: unknown key {section}.{key}", hint=_nearest(key, known))
+            changes[key] = _check(f"{at}: {section}.{key}", value, hints[key], known[key].metadata)
+        config = replace(config, **{section: replace(current, **changes)})
+    for name, low, high in (
+        ("limits", "power_limit_min_w", "power_limit_max_w"), ("limits", "sm_clock_min_mhz", "sm_clock_max_mhz"),
+        ("limits", "memory_clock_min_mhz", "memory_clock_max_mhz"), ("baseline", "sm_clock_min_mhz", "sm_clock_max_mhz"),
+        ("baseline", "memory_clock_min_mhz", "memory_clock_max_mhz"),
+    ):  # fmt: skip
+        a, b = getattr(getattr(config, name), low), getattr(getattr(config, name), high)
+        if b and a > b:
+            raise ConfigError(f"{file}: {name}.{low} {a:g} is above {name}.{high} {b:g}")
+    return config
+
+
+def _read(path: Path, trusted: bool) -> str:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    with os.fdopen(descriptor, encoding="utf-8") as stream:
+        info = os.fstat(stream.fileno())
+        if trusted and (info.st_uid not in (0, os.geteuid()) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+            raise ConfigError(f"{path}: others can write it", hint="chown root and chmod 0644")
+        try:
+            return stream.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8") from error
+
+
+def load(path: Path | None = None, *, trusted: bool = True) -> Config:
+    """The file (a missing default file means defaults) and then its ``powerd.d/*.toml`` in order."""
+    main = path or default_file()
+    config = Config()
+    if main.exists() or path is not None:
+        config = parse(_read(main, trusted), str(main), config)
+    for extra in sorted((main.parent / "powerd.d").glob("*.toml")):
+        config = parse(_read(extra, trusted), str(extra), config)
+    return config
+
+
+def keys() -> list[tuple[str, str, Any, str]]:
+    """Every key as (section, key, default, help): the documentation page is made from this."""
+    rows: list[tuple[str, str, Any, str]] = []
+    for section in fields(Config):
+        if section.default_factory is not MISSING and is_dataclass(section.default_factory):
+            rows += [(section.name, f.name, f.default, str(f.metadata["help"])) for f in fields(section.default_factory)]
+    return rows

@@ -1,0 +1,69 @@
+"""Named places at which a test may kill this process, so that every crash boundary is a listed one.
+
+House rules: a name is listed in KILL_POINTS or it is an error; without the environment variable a point costs one comparison.
+``POWERD_KILL_AT=NAME[:N]`` sends SIGKILL to the process when it passes NAME for the N-th time (default 1).
+``POWERD_KILL_ONCE=PATH`` makes it once for all: whoever can remove PATH dies, its successors with the same environment live.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+KILL_POINTS: tuple[str, ...] = (
+    # powerd-hw worker: one set, from journal to verification
+    "hw.intent.before",
+    "hw.intent.written",
+    "hw.call.before",
+    "hw.call.returned",
+    "hw.readback.before",
+    "hw.verified",
+    "hw.done.written",
+    # powerd-hw worker: one restore
+    "hw.restore.before",
+    "hw.restore.called",
+    "hw.restore.written",
+    # powerd-hw worker: compaction of its journal
+    "hw.journal.compacted",
+    # powerd-hw supervisor
+    "hw.generation.raised",
+    "hw.desired.received",
+    "hw.worker.started",
+    # powerd
+    "powerd.lease.accepted",
+    "powerd.lease.saved",
+    "powerd.desired.sent",
+    "powerd.outcome.received",
+    "powerd.lease.answered",
+    # client
+    "client.lease.requested",
+    "client.lease.granted",
+    "client.attached",
+    "client.wants.changed",
+    "client.release.before",
+)
+
+_name, _, _count = os.environ.get("POWERD_KILL_AT", "").partition(":")
+_left = int(_count or "1")
+_once = os.environ.get("POWERD_KILL_ONCE", "")
+if _name and _name not in KILL_POINTS:
+    raise SystemExit(f"POWERD_KILL_AT: unknown kill point {_name!r}")
+
+
+def killpoint(name: str) -> None:
+    """Die here by SIGKILL if a test asked for it."""
+    global _left
+    if _name and name == _name:
+        _left -= 1
+        if _left <= 0 and _may_die():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _may_die() -> bool:
+    if not _once:
+        return True
+    try:
+        os.unlink(_once)
+    except OSError:
+        return False
+    return True

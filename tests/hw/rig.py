@@ -1,0 +1,207 @@
+"""A powerd-hw on a simulated node, and the other end of its wire, for tests: waits for frames, never for time to pass."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from powerd.clock import NS
+from powerd.hw import frames
+from powerd.hw.frames import Command, Desired, Kind, Table
+from powerd.model import Control, Interval, Outcome, Reading, Verdict
+from powerd.sim import node as nodes
+from powerd.sim.workload import Context
+
+PATIENCE_S = 30.0
+
+
+def boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Powerd:
+    """What powerd is to powerd-hw: one connection with everything that came over it."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self.link = link
+        self.link.settimeout(PATIENCE_S)
+        self.seq = 0
+        self.hello: Any = None
+        self.tables: dict[Table, Any] = {}
+        self.events: list[dict[str, Any]] = []
+        self.outcomes: list[Outcome] = []
+        self.readings: tuple[Reading, ...] = ()
+        self.snapshots = 0
+        self._reader = frames.TableReader()
+
+    @classmethod
+    def connect(cls, path: Path) -> Powerd:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                link.connect(str(path))
+                return cls(link)
+            except OSError:
+                link.close()
+                if time.monotonic() > deadline:
+                    raise
+                threading.Event().wait(0.02)
+
+    def greet(self) -> Powerd:
+        for frame in frames.encode_table(Kind.HELLO, 0, 0, Table.HELLO, {"wire": frames.WIRE_VERSION}):
+            self.link.send(frame)
+        self.until(lambda: self.hello is not None)
+        return self
+
+    def desire(self, *rows: tuple[str, Control, Interval | None], ttl_s: float = 600.0, dwell_ms: int = 1) -> int:
+        self.seq += 1
+        expiry_ns = boottime_ns() + round(ttl_s * NS)
+        table = [Desired(uuid, control, value, expiry_ns, dwell_ms) for uuid, control, value in rows]
+        self.link.send(frames.encode_desired(self.seq, boottime_ns(), table))
+        return self.seq
+
+    def command(self, command: Command, argument: int = 0) -> None:
+        self.link.send(frames.encode_command(0, 0, command, argument))
+
+    def take(self) -> bool:
+        """One frame; False at the end of the connection."""
+        try:
+            frame = self.link.recv(frames.MAX_FRAME)
+        except ConnectionResetError:
+            return False
+        if not frame:
+            return False
+        head = frames.header(frame)
+        if head.kind is Kind.SNAPSHOT:
+            self.readings, self.snapshots = frames.decode_snapshot(frame), self.snapshots + 1
+        elif head.kind is Kind.OUTCOME:
+            self.outcomes += frames.decode_outcomes(frame)
+        elif (whole := self._reader.feed(frame)) is not None:
+            table, content = whole
+            if table is Table.HELLO:
+                self.hello = content
+            elif table is Table.EVENT:
+                self.events.append(content)
+            else:
+                self.tables[table] = content
+        return True
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"never came; events {self.events[-5:]} outcomes {self.outcomes[-5:]}"
+            assert self.take(), f"connection closed; hello {self.hello} events {self.events[-5:]}"
+        return value
+
+    def outcome(self, seq: int, uuid: str, control: Control, *verdicts: Verdict) -> Outcome:
+        """The first outcome for this table and pair with one of these verdicts (default: any settled one)."""
+        wanted = verdicts or tuple(v for v in Verdict if v is not Verdict.PENDING)
+
+        def find() -> Outcome | None:
+            return next(
+                (o for o in self.outcomes if (o.seq, o.uuid, o.control) == (seq, uuid, control) and o.verdict in wanted), None
+            )
+
+        found = self.until(find)
+        assert isinstance(found, Outcome)
+        return found
+
+    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        def find() -> dict[str, Any] | None:
+            return next(
+                (e for e in self.events if e["kind"] == kind and all({**e, **e["data"]}.get(k) == v for k, v in fields.items())),
+                None,
+            )
+
+        found = self.until(find)
+        assert isinstance(found, dict)
+        return found
+
+    def close(self) -> None:
+        self.link.close()
+
+
+class Rig:
+    """A simulated node with a place for powerd-hw's files."""
+
+    def __init__(self, tmp_path: Path, **node: Any) -> None:
+        options: dict[str, Any] = {"gpus": 2, "latency": 0.1, "first_open_s": 0.0, **node}
+        self.node = nodes.create(**options)
+        self.uuids = [row["uuid"] for row in self.node.show()["gpus"]]
+        self._short = Path(tempfile.mkdtemp(prefix="pdhw-"))
+        self.socket = self._short / "hw.sock"
+        self.journal = tmp_path / "journal"
+        self.config_file = tmp_path / "powerd.toml"
+        self.configure()
+        self.children: list[subprocess.Popen[str]] = []
+        self._loads: list[Context] = []
+
+    def configure(self, hw: str = "", extra: str = "") -> None:
+        text = f'[hw]\njournal_dir = "{self.journal}"\nrun_dir = "{self._short}"\ngrace_s = 0.5\nmin_dwell_s = 0\n{hw}\n{extra}\n'
+        self.config_file.write_text(text)
+        self.config_file.chmod(0o600)
+
+    def command(self, *arguments: str, kill_at: str | None = None, **environment: str) -> subprocess.Popen[str]:
+        env = {**os.environ, **self.node.env(), **environment}
+        if kill_at:
+            env["POWERD_KILL_AT"] = kill_at
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-m", "powerd.hw", *arguments, "--config", str(self.config_file)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.children.append(child)
+        return child
+
+    def serve(self, *arguments: str, kill_at: str | None = None) -> subprocess.Popen[str]:
+        return self.command("serve", *arguments, kill_at=kill_at)
+
+    def connect(self) -> Powerd:
+        """A greeted connection over which snapshots flow."""
+        powerd = Powerd.connect(self.socket).greet()
+        powerd.until(lambda: powerd.readings)
+        return powerd
+
+    def restore(self, *arguments: str) -> tuple[int, str]:
+        child = self.command("restore", *arguments)
+        out, err = child.communicate(timeout=PATIENCE_S)
+        return child.returncode, out + err
+
+    def truth(self, gpu: int = 0) -> dict[str, Any]:
+        row = self.node.show()["gpus"][gpu]
+        assert isinstance(row, dict)
+        return row
+
+    def at_baseline(self) -> bool:
+        rows = self.node.show()["gpus"]
+        return all(row["locked_clocks_mhz"] is None and row["limit_mw"] == rows[0]["default_limit_mw"] for row in rows)
+
+    @contextlib.contextmanager
+    def load(self, gpu: int = 0, share: float = 0.2) -> Iterator[None]:
+        """Light work, far below the power cap."""
+        context = Context(gpu, node=self.node)
+        thread = threading.Thread(target=lambda: contextlib.suppress(Exception) and context.load(share, 120.0), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            context.close()
+            thread.join(5)
+
+    def close(self) -> None:
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+            child.communicate()
+        self.node.close()
+        shutil.rmtree(self._short, ignore_errors=True)

@@ -162,7 +162,7 @@ MODELS: dict[str, GpuModel] = {
             clock_min_mhz=210,
             clock_max_mhz=1740,
             idle_clock_mhz=210,
-            memory_clocks_mhz=(7251, 6501, 5001, 810, 405),
+            memory_clocks_mhz=(7251, 6501, 810, 405),
             memory_lock=True,
             limit_min_w=100,
             limit_max_w=300,
@@ -208,7 +208,7 @@ def to_c(model: GpuModel) -> Model:
         clock_max_mhz=model.clock_max_mhz,
         clock_step_mhz=model.clock_step_mhz,
         idle_clock_mhz=model.idle_clock_mhz,
-        memory_clock_count=len(model.memory_clocks_mhz[:4]),
+        memory_clock_count=len(model.memory_clocks_mhz),
         memory_lock_supported=model.memory_lock,
         power_usage_is_average=model.power_usage_is_average,
         limit_min_mw=model.limit_min_w * 1000,
@@ -241,6 +241,6 @@ def to_c(model: GpuModel) -> Model:
         cap_gain=0.08,
         settle_s=0.0009,
     )
-    for index, clock in enumerate(model.memory_clocks_mhz[:4]):
+    for index, clock in enumerate(model.memory_clocks_mhz):
         out.memory_clock_mhz[index] = clock
     return out

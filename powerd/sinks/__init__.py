@@ -1,0 +1,1 @@
+"""Where measurements go: the embedded store and the Prometheus page."""

@@ -1,0 +1,271 @@
+"""The Prometheus page: one table of metrics, one collector that reads it out.
+
+House rules: a series that is not in METRICS does not exist; base units only (joule, watt, hertz, celsius, byte, second, ratio);
+unknown is an absent series, only ``powerd_gpu_up`` stays, with 0; nothing is computed before somebody scrapes, except sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from powerd.clock import NS
+from powerd.model import Capabilities, Control, Health, LeaseState, Reading, Restart, Snapshot, reason_names
+
+_LONGEST_STEP_NS = 5 * NS  # between two samples; more is a hole that counts for nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table; counters are named without ``_total``, which the text format adds."""
+
+    name: str
+    kind: str  # counter, gauge, summary
+    unit: str  # "" for ratios of things and for info
+    labels: tuple[str, ...]
+    help: str
+
+
+_GPU = ("uuid", "gpu")
+
+METRICS: tuple[Metric, ...] = (
+    Metric("powerd_build_info", "gauge", "", ("version", "simulated"), "Always 1; version, and whether the driver is simulated"),
+    Metric("powerd_gpu_info", "gauge", "", (*_GPU, "name", "pci_bus_id", "driver_version"), "Always 1; who a GPU is"),
+    Metric("powerd_gpu_up", "gauge", "", _GPU, "1 while the GPU answers, 0 when it is lost or wedged"),
+    Metric("powerd_gpu_energy_joules", "counter", "joules", _GPU, "Energy since the driver was loaded; goes on across resets"),
+    Metric("powerd_gpu_energy_epoch", "gauge", "", _GPU, "Rises when the GPU's own energy counter restarts"),
+    Metric("powerd_gpu_power_watts", "gauge", "watts", _GPU, "Power as last read"),
+    Metric("powerd_gpu_power_average_watts", "gauge", "watts", _GPU, "Power as the driver's own one-second average"),
+    Metric("powerd_gpu_power_limit_watts", "gauge", "watts", (*_GPU, "kind"), "requested, enforced, default, minimum or maximum"),
+    Metric("powerd_gpu_sm_clock_hertz", "gauge", "hertz", _GPU, "SM clock"),
+    Metric("powerd_gpu_memory_clock_hertz", "gauge", "hertz", _GPU, "Memory clock"),
+    Metric("powerd_gpu_temperature_celsius", "gauge", "celsius", _GPU, "GPU temperature"),
+    Metric("powerd_gpu_utilization_ratio", "gauge", "ratio", _GPU, "Share of time in which a kernel ran"),
+    Metric("powerd_gpu_memory_used_bytes", "gauge", "bytes", _GPU, "Memory in use"),
+    Metric("powerd_gpu_memory_size_bytes", "gauge", "bytes", _GPU, "Memory of the GPU"),
+    Metric("powerd_gpu_clock_event_seconds", "counter", "seconds", (*_GPU, "reason"), "Time with this clock event reason set"),
+    Metric("powerd_gpu_sample_age_seconds", "gauge", "seconds", _GPU, "Age of the newest reading"),
+    Metric("powerd_snapshots", "counter", "", (), "Snapshots received from powerd-hw"),
+    Metric("powerd_hw_connected", "gauge", "", (), "1 while powerd-hw is connected"),
+    Metric("powerd_control_enabled", "gauge", "", (), "1 when powerd may set anything"),
+    Metric("powerd_panic", "gauge", "", (), "1 while panic keeps every GPU at baseline"),
+    Metric("powerd_config_last_reload_successful", "gauge", "", (), "1 when the configuration file as it stands is in force"),
+    Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
+    Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
+    Metric("powerd_restore", "counter", "", ("cause",), "Settings put back to baseline, by cause"),
+    Metric("powerd_drift", "counter", "", ("control",), "Settings that somebody else changed, by control"),
+    Metric("powerd_energy_windows_open", "gauge", "", (), "Open energy windows"),
+    Metric("powerd_nvml_call_seconds", "summary", "seconds", ("function",), "Time spent in NVML calls"),
+    Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
+    Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
+    Metric("powerd_store_errors", "counter", "", (), "Failed rounds of writing to the embedded store"),
+    Metric("powerd_store_size_bytes", "gauge", "bytes", (), "Size of the embedded store"),
+)  # fmt: skip
+
+#: Fields of a reading that are exposed as they are, times a factor into base units.
+_READING_GAUGES: tuple[tuple[str, str, float], ...] = (
+    ("powerd_gpu_power_watts", "power_mw", 1e-3),
+    ("powerd_gpu_power_average_watts", "power_average_mw", 1e-3),
+    ("powerd_gpu_sm_clock_hertz", "sm_clock_mhz", 1e6),
+    ("powerd_gpu_memory_clock_hertz", "memory_clock_mhz", 1e6),
+    ("powerd_gpu_temperature_celsius", "temperature_c", 1.0),
+    ("powerd_gpu_utilization_ratio", "utilization_percent", 1e-2),
+    ("powerd_gpu_memory_used_bytes", "memory_used_bytes", 1.0),
+    ("powerd_gpu_memory_size_bytes", "memory_total_bytes", 1.0),
+)
+_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+
+
+class _GpuSums:
+    """What is summed up for one GPU between scrapes."""
+
+    __slots__ = ("base_mj", "epoch", "last_mj", "reasons_ns", "time_ns")
+
+    def __init__(self) -> None:
+        self.base_mj = 0  # counters of earlier epochs
+        self.last_mj: int | None = None
+        self.epoch = 0
+        self.reasons_ns: dict[int, int] = {}  # by the whole bit set: taken apart only when scraped
+        self.time_ns = 0
+
+    def add(self, reading: Reading) -> None:
+        step_ns = reading.time_ns - self.time_ns if self.time_ns else 0
+        if step_ns < 0:
+            return
+        self.time_ns = reading.time_ns
+        if step_ns <= _LONGEST_STEP_NS:
+            bits = reading.clock_event_reasons
+            if bits:
+                self.reasons_ns[bits] = self.reasons_ns.get(bits, 0) + step_ns
+        if reading.energy_mj is not None:
+            if self.last_mj is not None and (reading.epoch != self.epoch or reading.energy_mj < self.last_mj):
+                self.base_mj += self.last_mj  # never backwards; what the gap cost is not known here
+            self.last_mj, self.epoch = reading.energy_mj, reading.epoch
+
+    def energy_mj(self) -> float | None:
+        return None if self.last_mj is None else float(self.base_mj + self.last_mj)
+
+
+class Metrics(Collector):
+    """The node's metrics; use it from one thread."""
+
+    def __init__(self, table: Iterable[Metric] = METRICS) -> None:
+        self._table = {metric.name: metric for metric in table}
+        self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in self._table}
+        self._calls: dict[tuple[str, ...], tuple[int, float]] = {}
+        self._sums: dict[str, _GpuSums] = {}
+        self._gpus: dict[str, Capabilities] = {}
+        self._snapshot: Snapshot | None = None
+        self._now_ns = 0
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    # ---- what the daemon tells
+
+    def observe(self, snapshot: Snapshot) -> None:
+        """Take one snapshot: sums up clock event time and keeps the counters going forward."""
+        self._snapshot = snapshot
+        sums = self._sums
+        for reading in snapshot.readings:
+            own = sums.get(reading.uuid)
+            if own is None:
+                own = sums[reading.uuid] = _GpuSums()
+            own.add(reading)
+        self.add("powerd_snapshots", 1)
+
+    def gpus(self, capabilities: Iterable[Capabilities]) -> None:
+        """Who the GPUs are; replaces what was known."""
+        self._gpus = {c.gpu.uuid: c for c in capabilities}
+
+    def build(self, version: str, simulated: bool) -> None:
+        """What runs here."""
+        self._values["powerd_build_info"] = {(version, str(simulated).lower()): 1.0}
+
+    def restored(self, cause: Restart | str) -> None:
+        """A setting went back to baseline."""
+        self.add("powerd_restore", 1, str(cause))
+
+    def drift(self, control: Control | str) -> None:
+        """Somebody else changed a setting."""
+        self.add("powerd_drift", 1, str(control))
+
+    def leases(self, counts: Mapping[LeaseState, int]) -> None:
+        """How many leases are in which state."""
+        self.set("powerd_lease_active", counts.get(LeaseState.ACTIVE, 0))
+        for state in LeaseState:
+            if state is not LeaseState.ENDED:
+                self.set("powerd_leases", counts.get(state, 0), str(state))
+
+    def store(self, rows: int, dropped: int, errors: int, size_bytes: int) -> None:
+        """The embedded store's own counters."""
+        for name, value in (("rows", rows), ("dropped", dropped), ("errors", errors), ("size_bytes", size_bytes)):
+            self.set(f"powerd_store_{name}", value)
+
+    def nvml_call(self, function: str, count: int, total_s: float) -> None:
+        """The whole number and time of calls of one NVML function since powerd-hw started."""
+        self._calls[(function,)] = (count, total_s)
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge, or a counter that is counted elsewhere; KeyError or ValueError when the table has it not so."""
+        self._values[name][self._checked(name, labels)] = float(value)
+
+    def add(self, name: str, value: float, *labels: str) -> None:
+        """Raise a counter."""
+        series = self._values[name]
+        series[labels] = series.get(self._checked(name, labels), 0.0) + value
+
+    def _checked(self, name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(labels) != len(self._table[name].labels):
+            raise ValueError(f"{name} has the labels {self._table[name].labels}, got {labels}")
+        return labels
+
+    # ---- what Prometheus asks
+
+    def render(self, accept: str = "", now_ns: int | None = None) -> tuple[bytes, str]:
+        """The page and its content type for an Accept header: Prometheus text, or OpenMetrics when asked for."""
+        self._now_ns = now_ns or 0
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def collect(self) -> Iterator[Family]:
+        """All series that are known now, for prometheus_client."""
+        values = {name: dict(series) for name, series in self._values.items()}
+        if self._snapshot is not None:
+            for reading in self._snapshot.readings:
+                self._collect_gpu(values, reading)
+        for name, metric in self._table.items():
+            if metric.kind == "summary":
+                summary = SummaryMetricFamily(name, metric.help, labels=metric.labels)
+                for labels, (count, total) in self._calls.items():
+                    summary.add_metric(labels, count, total)
+                family: Family = summary
+            else:
+                plain = _FAMILIES[metric.kind](name, metric.help, labels=metric.labels)
+                for labels, value in sorted(values[name].items()):
+                    plain.add_metric(labels, value)
+                family = plain
+            if family.samples:
+                yield family
+
+    def _collect_gpu(self, values: dict[str, dict[tuple[str, ...], float]], reading: Reading) -> None:
+        known = self._gpus.get(reading.uuid)
+        gpu = (reading.uuid, str(known.gpu.index) if known else "")
+        up = reading.health in (Health.UP, Health.SUSPECT)
+        values["powerd_gpu_up"][gpu] = float(up)
+        sums = self._sums[reading.uuid]
+        if (energy_mj := sums.energy_mj()) is not None:
+            values["powerd_gpu_energy_joules"][gpu] = energy_mj / 1000
+        for bits, spent_ns in sums.reasons_ns.items():
+            for reason in reason_names(bits):
+                series = values["powerd_gpu_clock_event_seconds"]
+                series[(*gpu, reason)] = series.get((*gpu, reason), 0.0) + spent_ns / NS
+        if known:
+            facts = (known.gpu.name, known.gpu.pci_bus_id, known.driver_version)
+            values["powerd_gpu_info"][(*gpu, *facts)] = 1.0
+        if not up:
+            return
+        values["powerd_gpu_energy_epoch"][gpu] = reading.epoch
+        for name, field, factor in _READING_GAUGES:
+            if (value := getattr(reading, field)) is not None:
+                values[name][gpu] = value * factor
+        limits = {"requested": reading.power_limit_requested_mw, "enforced": reading.power_limit_enforced_mw}
+        if known:
+            limits["default"] = known.power_limit_default_mw
+            limits["minimum"] = known.power_limit_min_mw
+            limits["maximum"] = known.power_limit_max_mw
+        for kind, limit_mw in limits.items():
+            if limit_mw is not None:
+                values["powerd_gpu_power_limit_watts"][(*gpu, kind)] = limit_mw / 1000
+        if self._now_ns:
+            values["powerd_gpu_sample_age_seconds"][gpu] = max(0, self._now_ns - reading.time_ns) / NS
+
+
+def documentation() -> str:
+    """docs/metrics.md, made from the table."""
+    lines = [
+        "# Metrics",
+        "",
+        "<!-- made by: python -m powerd.sinks.metrics > docs/metrics.md -->",
+        "",
+        "What `GET /metrics` serves, as Prometheus text or OpenMetrics, in base units. A series whose value is not known",
+        "is absent; of a lost GPU only its sums and `powerd_gpu_up` stay, the latter with 0.",
+        "`rate(powerd_gpu_energy_joules_total[5m])` is the mean power in watts.",
+        "",
+        "| name | type | unit | labels | what |",
+        "|---|---|---|---|---|",
+    ]
+    for metric in METRICS:
+        name = f"{metric.name}_total" if metric.kind == "counter" else metric.name
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(f"| `{name}` | {metric.kind} | {metric.unit} | {labels} | {metric.help} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

@@ -21,6 +21,7 @@ from powerd.sim.node import SimError, SimNode, attach
 
 GIB = 1 << 30
 RUN, LOAD, BLOCKED = 1, 2, 3
+MAX_SECONDS = 1e9
 WAIT_REAL_MS = 500  # how long the driver may wait before Python looks for signals
 
 
@@ -79,6 +80,8 @@ class Context:
         return self._submit(BLOCKED, [], 0.0, 0, seconds)
 
     def _submit(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> Done:
+        if not 0.0 <= seconds <= MAX_SECONDS:
+            raise ValueError(f"a load lasts 0 to {MAX_SECONDS:.0f} s, not {seconds}")
         array = (Item * max(1, len(items)))(*items)
         begin_ns = self.node.now_ns()
         code = self._library.powerd_sim_work_submit(

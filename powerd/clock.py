@@ -171,6 +171,11 @@ class _SteppedWaiter:
         self._woken.set()
         self._library.powerd_sim_wake(self._slot)
 
+    def calm(self) -> None:
+        """Forget a wake that came when the wait had ended already; only while nobody waits."""
+        self._woken.clear()
+        self._library.powerd_sim_wait(self._slot, 0, 0)
+
     def close(self) -> None:
         self._library.powerd_sim_leave(self._slot)
 
@@ -192,7 +197,7 @@ class _SteppedSelector(selectors.EpollSelector):
     def __init__(self, clock: SimClock) -> None:
         super().__init__()
         self._clock = clock
-        self._waiter = clock.waiter("event loop")
+        self._waiter = _SteppedWaiter(clock.library, "event loop")
         self._ring_read, self._ring_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         super().register(self._ring_read, selectors.EVENT_READ)
         self._deadline: int | None = None
@@ -220,6 +225,7 @@ class _SteppedSelector(selectors.EpollSelector):
         ready = super().select(None)
         self._waiter.wake()
         self._idle.acquire()
+        self._waiter.calm()  # the wait may have ended by itself: a wake left over would end the next one at once, and so on
         with contextlib.suppress(BlockingIOError):
             os.read(self._ring_read, 64)
         return self._mine(ready)

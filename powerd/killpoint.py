@@ -2,6 +2,7 @@
 
 House rules: a name is listed in KILL_POINTS or it is an error; without the environment variable a point costs one comparison.
 ``POWERD_KILL_AT=NAME[:N]`` sends SIGKILL to the process when it passes NAME for the N-th time (default 1).
+``POWERD_KILL_ONCE=PATH`` makes it once for all: whoever can remove PATH dies, its successors with the same environment live.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ KILL_POINTS: tuple[str, ...] = (
 
 _name, _, _count = os.environ.get("POWERD_KILL_AT", "").partition(":")
 _left = int(_count or "1")
+_once = os.environ.get("POWERD_KILL_ONCE", "")
 if _name and _name not in KILL_POINTS:
     raise SystemExit(f"POWERD_KILL_AT: unknown kill point {_name!r}")
 
@@ -53,5 +55,15 @@ def killpoint(name: str) -> None:
     global _left
     if _name and name == _name:
         _left -= 1
-        if _left <= 0:
+        if _left <= 0 and _may_die():
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _may_die() -> bool:
+    if not _once:
+        return True
+    try:
+        os.unlink(_once)
+    except OSError:
+        return False
+    return True

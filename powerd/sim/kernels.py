@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from powerd.resources import folder
 from powerd.sim.calibration import Curve, Point, choose, extend, load_profile, voltage
 from powerd.sim.layout import NAME, POINTS, Kernel
 from powerd.sim.models import GpuModel
@@ -23,12 +24,11 @@ GENERIC: dict[str, tuple[float, float, float]] = {
 
 
 def profile_path(name: str) -> Path:
-    """Find a shipped profile, in a checkout or in an installed wheel; raises FileNotFoundError."""
-    here = Path(__file__).resolve()
-    for folder in (here.parents[2] / "policies" / "profiles", here.parents[1] / "_data" / "profiles"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"profile {name} is neither in policies/profiles nor in the installed package")
+    """A shipped profile, in a checkout or in an installed wheel; raises FileNotFoundError."""
+    path = folder("profiles") / name
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no profile {name} in {path.parent}")
+    return path
 
 
 def generic_curve(model: GpuModel, name: str) -> Curve:
@@ -37,7 +37,7 @@ def generic_curve(model: GpuModel, name: str) -> Curve:
     top, floor, knee = model.clock_max_mhz, model.voltage_floor, model.voltage_knee
     clocks = range(model.clock_min_mhz, top + 1, model.clock_step_mhz)
     full_w = model.context_idle_w + power_share * (model.stress_w - model.context_idle_w)
-    static_w = 0.12 * full_w
+    static_w = model.static_w
     points = []
     for clock in clocks:
         x = clock / top

@@ -1,0 +1,65 @@
+"""Resolves the main and the peer environment from nothing and writes their constraints files.
+
+House rules: pins come from environments that were really installed, never from a resolver's guess; every run starts
+from an empty environment, so a pin that nothing needs any more disappears.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_TOOLS = ["pip", "hatchling", "editables"]
+# The interpreter brings its own setuptools on Python 3.11; it is nobody's dependency here.
+NOT_PINNED = {"powerd", "setuptools"}
+# Peers are compared at fixed versions: a new one is a decision, not the result of a resolver.
+PEER_VERSIONS = {
+    "nvitop": "1.7.2",
+    "gpustat": "1.1.1",
+    "py3nvml": "0.2.7",
+    "zeus": "0.16.0",
+    "nvidia-ml-py": "13.615.71",
+}
+HEADER = "# Written by `make constraints` from a fresh environment; docs/dependencies.md says what each is for.\n"
+
+
+def pip(python: Path, *arguments: str) -> str:
+    """Run pip in an environment and return what it printed."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+
+
+def resolve(name: str, requirements: list[str]) -> list[str]:
+    """Install into a fresh environment; returns its `name==version` lines."""
+    place = ROOT / "build" / "pins" / name
+    shutil.rmtree(place, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    python = place / "bin" / "python"
+    pip(python, "install", "-qq", "--upgrade", *BUILD_TOOLS)
+    pip(python, "install", "-qq", "--no-build-isolation", *requirements)
+    pip(python, "check")
+    lines = pip(python, "freeze", "--all", "--exclude-editable").splitlines()
+    return [line for line in lines if "==" in line and line.split("==")[0].lower() not in NOT_PINNED]
+
+
+def pin_without_installing(python: Path, requirement: str) -> str:
+    """Resolve one package that nobody is made to install (the [sim] extra's compiler)."""
+    report = json.loads(pip(python, "install", "-qq", "--dry-run", "--no-deps", "--report", "-", requirement))
+    found = report["install"][0]["metadata"]
+    return f"{found['name']}=={found['version']}"
+
+
+def main() -> None:
+    """Write constraints.txt and constraints-peers.txt."""
+    lines = resolve("main", ["-e", ".[all]", "--group", "dev"])
+    lines.append(pin_without_installing(ROOT / "build" / "pins" / "main" / "bin" / "python", "ziglang"))
+    (ROOT / "constraints.txt").write_text(HEADER + "\n".join(sorted(lines, key=str.lower)) + "\n")
+    peers = [f"{tool}=={PEER_VERSIONS[tool]}" for tool in sys.argv[1:]]
+    lines = resolve("peers", ["-e", ".", *peers])
+    (ROOT / "constraints-peers.txt").write_text(HEADER + "\n".join(sorted(lines, key=str.lower)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

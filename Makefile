@@ -1,0 +1,83 @@
+# Everything a newcomer or CI runs: `make demo` and `make test` first. Two house rules: nothing is installed outside
+# .venv and .venv-peers, and nothing is downloaded again while pyproject.toml and the constraints files stay the same.
+SHELL := /bin/sh
+PYTHON ?= python3
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PEERS := .venv-peers/bin
+PIP_OPTIONS := -qq --disable-pip-version-check --no-input
+# hatchling comes pinned from the constraints file and builds in the environment itself, so no build is left unpinned.
+BUILD_TOOLS := pip hatchling editables
+PEER_TOOLS := nvitop gpustat py3nvml zeus nvidia-ml-py
+
+# The same tests run in the same way everywhere: two workers, tests that must share one worker marked xdist_group.
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+FAST := not long and not peers and not real
+
+.PHONY: help demo test check test-long bench constraints preflight clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       install into .venv and run the main job on a simulated node"
+	@echo "make test       install what the tests need and run them all (at most 20 minutes on two cores)"
+	@echo "make check      formatting, lint, types, import contracts and the fast tests"
+	@echo "make test-long  the long campaigns"
+	@echo "make bench      the benchmarks"
+
+preflight:
+	@.ci/preflight "$(PYTHON)"
+
+demo: .venv/.installed
+	@$(BIN)/python -m powerd.demo
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
+	$(PYTEST) -m "$(FAST)"
+
+test: .venv/.installed-dev .venv-peers/.installed
+	$(PYTEST) -m "not long"
+
+test-long: .venv/.installed-dev .venv-peers/.installed
+	$(BIN)/python -m pytest -m long --timeout 7200 $(PYTEST_ARGS)
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m benchmarks
+
+# What users run: the project, editable, with all that a node needs.
+.venv/.installed: pyproject.toml constraints.txt
+	@.ci/preflight "$(PYTHON)"
+	@echo "Installing powerd into .venv (about a minute) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt $(BUILD_TOOLS)
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation -e '.[all]'
+	@touch $@
+
+# What its developers add.
+.venv/.installed-dev: .venv/.installed
+	@echo "Installing the development tools into .venv ..."
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --group dev
+	@touch $@
+
+# The tools we are compared with, each unmodified, in an environment of their own (docs/dependencies.md says why),
+# and powerd's client without any extra, as in a user's training image.
+.venv-peers/.installed: pyproject.toml constraints-peers.txt
+	@.ci/preflight "$(PYTHON)"
+	@echo "Installing the peer tools into .venv-peers (about a minute) ..."
+	@$(PYTHON) -m venv .venv-peers
+	@$(PEERS)/python -m pip install $(PIP_OPTIONS) -c constraints-peers.txt $(BUILD_TOOLS)
+	@$(PEERS)/python -m pip install $(PIP_OPTIONS) -c constraints-peers.txt $(PEER_TOOLS)
+	@$(PEERS)/python -m pip install $(PIP_OPTIONS) -c constraints-peers.txt --no-build-isolation -e .
+	@touch $@
+
+# Resolves both environments anew from pyproject.toml and writes what was found into the constraints files.
+constraints:
+	@.ci/preflight "$(PYTHON)"
+	@$(PYTHON) .ci/pin.py $(PEER_TOOLS)
+
+clean:
+	rm -rf .venv .venv-peers .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

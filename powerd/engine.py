@@ -1,7 +1,7 @@
 """The loop: what hw says -> leases -> reconcile -> the desired table back to hw.
 
-House rules: one thread, one writer; the table is written whole and renewed, so that hw undoes everything by itself when this process
-hangs; nothing is set unless the operator said ``control = true``; while leases live no table without them is ever sent.
+House rules: one thread, one writer; the table is written whole and renewed, so that hw undoes everything by itself when this
+process hangs; nothing is set unless the operator said ``control = true``; while leases live no table without them is ever sent.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Engine:
         self.panic = False
         self.quiesced_until_ns: int | None = None
         self.progress = 0  # completed rounds of the loop: the watchdog is fed only when it moved
-        self.on_end: Callable[[Lease], None] = lambda lease: None
+        self.on_lease: Callable[[Lease], None] = lambda lease: None  # told when one changes state
         self._file = lease_file
         self._held: Mapping[Key, Held] = {}
         self._asked: dict[Key, tuple[Interval | None, int]] = {}  # the value hw was last told, and in which table
@@ -194,9 +194,9 @@ class Engine:
             if (event is LeaseEvent.GPU_LOST) == (uuid not in lease.lost):
                 changed = self._put(advance(lease, event, self.clock.now_ns(), gpu=uuid))
                 if changed.state is not lease.state:
-                    self.events.add(
-                        f"lease_{changed.state.value}", uuid=uuid, subject=lease.id, detail=f"{uuid} is {health.value}"
-                    )
+                    why = f"{uuid} is {health.value}"
+                    self.events.add(f"lease_{changed.state.value}", uuid=uuid, subject=lease.id, detail=why)
+                    self.on_lease(changed)
         self.update()
 
     def _tell_outcome(self, outcome: Outcome) -> None:
@@ -317,7 +317,7 @@ class Engine:
             self.ended.popitem(last=False)
         self._dirty = True
         self.events.add("lease_ended", subject=lease.id, detail=str(ended.end), data={"user": lease.user, "reason": lease.reason})
-        self.on_end(ended)
+        self.on_lease(ended)
         return ended
 
     def _check_may_set(self) -> None:
@@ -357,8 +357,13 @@ class Engine:
             Outcome(*key, seq=0, requested=planned[key].value, verdict=Verdict.PENDING) for key in keys if key in planned
         )
 
-    async def acquire(self, who: Principal, request: LeaseRequest) -> tuple[Lease, str | None, tuple[Outcome, ...]]:
-        """Grant a lease: (lease, token, outcomes). All of it is set or none: a failed set ends the lease and is the error."""
+    async def acquire(
+        self, who: Principal, request: LeaseRequest, watch: Callable[[Lease], None] = lambda lease: None
+    ) -> tuple[Lease, str | None, tuple[Outcome, ...]]:
+        """Grant a lease: (lease, token, outcomes). All of it is set or none: a failed set ends the lease and is the error.
+
+        ``watch`` is called before anything is set, so that a holder that dies at any later moment is noticed.
+        """
         self._check_may_set()
         limits = self.config.leases
         check_request(request, self.node.capabilities, self.node.unreachable(), self.config.limits, limits.max_ttl_s)
@@ -379,6 +384,7 @@ class Engine:
             del self.leases[lease.id]
             raise UnavailableError(f"leases cannot be saved: {error}", hint="free space in daemon.state_dir", code="busy")
         killpoint("powerd.lease.saved")
+        watch(lease)
         self.events.add(
             "lease_granted", subject=lease.id, detail=lease.reason, data={"user": lease.user, "gpus": len(lease.gpus)}
         )

@@ -167,10 +167,11 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{truth['model']} (simulated), time {truth['time']}, now {truth['now_ns'] / 1e9:.3f} s")
     for row in truth["gpus"]:
         lock = row["locked_clocks_mhz"]
+        joules = row["true_energy_mj"] / 1000
         flags = [name for name in ("lost", "hung", "frozen", "capped", "mig") if row[name]]
         print(
             f"  {row['gpu']:2} {row['clock_mhz']:6.0f} MHz {row['power_w']:6.1f} W {row['temperature_c']:4.0f} C "
-            f"{row['true_energy_mj'] / 1000:10.1f} J  limit {row['limit_mw'] / 1000:.0f}/{row['enforced_mw'] / 1000:.0f} W  "
+            f"{joules:10.1f} J  limit {row['limit_mw'] / 1000:.0f}/{row['enforced_mw'] / 1000:.0f} W  "
             f"lock {f'{lock[0]}-{lock[1]}' if lock else '-'}  processes {row['processes']}  {' '.join(flags)}".rstrip()
         )
     return 0

@@ -49,10 +49,23 @@ def nvml(make_node: MakeNode) -> Iterator[Callable[..., tuple[nodes.SimNode, lis
         pynvml.nvmlShutdown()
 
 
-def spawn(node: nodes.SimNode, code: str, *args: str, **more: Any) -> subprocess.Popen[str]:
-    """Start a Python child that sees the node; it has pynvml as `p` and `handle(i)`."""
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start Python children that see a node; they have pynvml as `p` and `handle(i)`; what still runs is killed."""
     head = "import sys, time, os\nimport pynvml as p\np.nvmlInit()\nhandle = p.nvmlDeviceGetHandleByIndex\n"
-    more.setdefault("stdout", subprocess.PIPE)
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code, *args], env={**os.environ, **node.env()}, text=True, **more
-    )
+    children: list[subprocess.Popen[str]] = []
+
+    def start(node: nodes.SimNode, code: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", head + code]
+        env = {**os.environ, **node.env()}
+        child = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            if stream is not None:
+                stream.close()

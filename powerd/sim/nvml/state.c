@@ -230,7 +230,8 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
             node->size == sizeof *node) {
             sim = calloc(1, sizeof *sim);
             sim->node = node;
-            sim->fd = fd;
+            /* Locks get a file description of their own: the mapping, which a forked child keeps, holds this one. */
+            sim->fd = open(path, O_RDWR | O_CLOEXEC);
             sim->lifetime_fd = sim->proc = -1;
             snprintf(sim->path, sizeof sim->path, "%s", path);
             maps[row] = sim;
@@ -238,7 +239,7 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
             munmap(node, sizeof *node);
         }
     }
-    if (!sim && fd >= 0) close(fd);
+    if (fd >= 0) close(fd);
     pthread_mutex_unlock(&attach_mutex);
     return sim;
 }

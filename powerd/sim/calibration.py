@@ -153,3 +153,86 @@ def interpolate(curve: Curve, clock_mhz: float) -> Point:
             rate = (1 - share) / low.time_s + share / high.time_s
             return Point(clock_mhz, 1.0 / rate, (1 - share) * low.power_w + share * high.power_w)
     return curve[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Mean and largest relative error of time, power and energy over some clocks."""
+
+    clocks: int
+    time_mean: float
+    time_max: float
+    power_mean: float
+    power_max: float
+    energy_mean: float
+    energy_max: float
+
+
+def compare(measured: Iterable[Point], predicted: Iterable[Point]) -> Errors:
+    """Relative errors of predicted against measured points, clock by clock."""
+    rows = [
+        (
+            abs(p.time_s / m.time_s - 1),
+            abs(p.power_w / m.power_w - 1),
+            abs(p.time_s * p.power_w / (m.time_s * m.power_w) - 1),
+        )
+        for m, p in zip(measured, predicted, strict=True)
+    ]
+    times, powers, energies = zip(*rows, strict=True)
+
+    def both(values: Sequence[float]) -> tuple[float, float]:
+        return sum(values) / len(values), max(values)
+
+    return Errors(len(rows), *both(times), *both(powers), *both(energies))
+
+
+def left_out_errors(curve: Curve) -> Errors:
+    """Errors at the clocks that a table of every second clock has not seen."""
+    kept = choose(curve, "every-second")
+    rest = [p for p in curve if p not in kept]
+    return compare(rest, [interpolate(kept, p.clock_mhz) for p in rest])
+
+
+def fit_errors(curve: Curve, clock_max_mhz: float) -> Errors:
+    """Errors of the fitted form at the clocks that it was fitted on."""
+    fitted = fit(curve, clock_max_mhz)
+    return compare(curve, [Point(p.clock_mhz, fitted.time_s(p.clock_mhz), fitted.power_w(p.clock_mhz)) for p in curve])
+
+
+def main() -> int:
+    """Print, for every shipped profile, the errors of tables of every second clock and of the fitted forms."""
+    from powerd.sim.kernels import profile_path
+    from powerd.sim.models import MODELS
+
+    head = f"{'time':>15}{'power':>15}{'energy':>15}   (mean / largest error, per cent)"
+    seen: set[str] = set()
+    for model in MODELS.values():
+        if model.profile is None or model.profile in seen:
+            continue
+        seen.add(model.profile)
+        print(f"{model.profile}: {head}")
+        for (stage, instruction), curve in sorted(load_profile(profile_path(model.profile)).items()):
+            if stage not in (0, 7):
+                continue  # stages 1 to 6 hold the rows of stage 0
+            for title, errors in (
+                ("left-out clocks", left_out_errors(curve)),
+                ("fitted form", fit_errors(curve, float(model.clock_max_mhz))),
+            ):
+                pairs = (
+                    (errors.time_mean, errors.time_max),
+                    (errors.power_mean, errors.power_max),
+                    (errors.energy_mean, errors.energy_max),
+                )
+                cells = "".join(f"{100 * mean:8.2f} /{100 * most:5.2f}" for mean, most in pairs)
+                print(f"  stage {stage} {instruction:9} {title:16} {errors.clocks:3} clocks{cells}")
+            f = fit(curve, float(model.clock_max_mhz))
+            share = f.a_s / f.time_s(model.clock_max_mhz)
+            print(
+                f"    t = {f.a_s:.3f} s + {f.b_s_mhz:.1f} / min(f, {f.clock_cap_mhz:.0f}) (fixed share {100 * share:.0f} %), "
+                f"P = {f.static_w:.0f} W + {f.dynamic_w:.0f} W x V^2, V from {f.voltage_floor:.2f} at knee {f.voltage_knee:.2f}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

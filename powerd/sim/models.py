@@ -223,7 +223,7 @@ def to_c(model: GpuModel) -> Model:
         ambient_c=ambient_c,
         thermal_c_per_w=(model.thermal_c_at_limit - ambient_c) / model.limit_default_w,
         thermal_tau_s=20.0,
-        leak_w_per_c=0.004 * model.idle_w,
+        leak_w_per_c=0.002 * model.idle_w,
         slowdown_c=model.slowdown_c,
         shutdown_c=model.slowdown_c + 5.0,
         cap_bind=1.0,

@@ -172,6 +172,7 @@ class Engine:
                 self.node.processes_table(content)
             elif table is frames.Table.STATUS:
                 self.node.status_table(content)
+                self.update(force=True)
             elif table is frames.Table.EVENT:
                 for row in content if isinstance(content, list) else [content]:
                     self._hw_event(row)
@@ -221,7 +222,7 @@ class Engine:
     def update(self, force: bool = False) -> None:
         """Reconcile and tell hw when something changed or the table has to be renewed."""
         now_ns = self.clock.now_ns()
-        active = self.config.daemon.control and not self.panic and self.quiesced_until_ns is None
+        active = self.config.daemon.control and not self.panic and self.quiesced_until_ns is None and not self.node.hold
         if active and not self.node.capabilities and self.leases:
             self._plan_next(None)
             return  # the GPUs are not known yet: what hw holds for these leases stays
@@ -229,6 +230,10 @@ class Engine:
         self.setpoints, self._held = result.setpoints, result.held
         self._tell_refusals()
         self._command_state()
+        if not active:
+            self._asked.clear()  # hw is at baseline by itself: it refuses tables meanwhile
+            self._plan_next(None)
+            return
         values = {key: s.value for key, s in self.setpoints.items() if s.value is not None}
         changed = [k for k in values.keys() | self._asked.keys() if self._asked.get(k, (None, 0))[0] != values.get(k)]
         renew = now_ns - self._sent_ns >= from_seconds(RENEW_S)
@@ -329,6 +334,10 @@ class Engine:
             raise UnavailableError("panic: every GPU is at baseline", hint="powerctl resume", code="busy")
         if self.quiesced_until_ns is not None:
             raise UnavailableError("quiesced for maintenance", hint="powerctl resume, or wait", code="busy")
+        if self.node.hold:
+            raise UnavailableError(
+                f"powerd-hw keeps every GPU at baseline: {self.node.hold}", hint="powerctl resume", code="busy"
+            )
         if self.hw is None or not self.hw.connected:
             raise UnavailableError("powerd-hw is not connected", hint=self.node.hw_problem or "systemctl status powerd-hw")
 
@@ -535,6 +544,8 @@ class Engine:
         self.panic, self.quiesced_until_ns = False, None
         if ended:
             self.events.add("resumed", detail=why, data={"ended": " and ".join(ended)})
+        if self.node.hold and not ended:
+            ended = [self.node.hold]  # powerd-hw held back on its own: a crash loop, or a panic that this powerd does not know
         self._told_hw = (frames.Command.PANIC,) if ended else self._told_hw
         self.update(force=True)
         self._save()

@@ -18,8 +18,15 @@ from aiohttp import web
 
 from powerd.access import Facts, Origin, Principal, Rules, View, may_control, may_read_all, view_of
 from powerd.api import (
-    LEASE_TOKEN_HEADER, Ack, LeaseChange, LeaseRequest, NodeView, QuiesceRequest, WindowBegin, WindowView,
-)  # fmt: skip
+    LEASE_TOKEN_HEADER,
+    Ack,
+    LeaseChange,
+    LeaseRequest,
+    NodeView,
+    QuiesceRequest,
+    WindowBegin,
+    WindowView,
+)
 from powerd.attach import AttachServer
 from powerd.clock import NS, seconds
 from powerd.decode import decode, nearest

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import sys
 from pathlib import Path
 
+from powerd.config import Config, keys
 from powerd.log import log
 
 _STOP_S = 10.0
 _RESTART_S = (0.0, 0.5, 2.0, 5.0)
 
 
+def toml(config: Config) -> str:
+    """A configuration as the TOML text that gives it again."""
+    lines = []
+    for section, key, _, _ in keys():
+        value = getattr(getattr(config, section), key)
+        text = json.dumps(value) if isinstance(value, str) else str(value).lower()
+        lines.append(f"{section}.{key} = {text}")
+    return "\n".join(lines) + "\n"
+
+
 class HwChild:
     """Starts ``python -I -m powerd.hw serve`` and keeps it running."""
 
-    def __init__(self, socket_path: Path, config_file: Path | None) -> None:
+    def __init__(self, socket_path: Path, config: Config) -> None:
         self.socket_path = socket_path
-        self._options = ["--config", str(config_file)] if config_file is not None else []
+        self._config_file = socket_path.with_name("powerd.toml")
+        self._config = config
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
 
@@ -34,6 +47,8 @@ class HwChild:
 
     async def run(self) -> None:
         """Keep the child running until ``stop``; a configuration that it refuses (78) is not tried again."""
+        self._config_file.write_text(toml(self._config))
+        self._config_file.chmod(0o600)
         failures = 0
         while not self._stopping:
             started = asyncio.get_running_loop().time()
@@ -76,5 +91,12 @@ class HwChild:
     async def _spawn(self, *arguments: str) -> asyncio.subprocess.Process:
         # -I: neither the working directory nor PYTHON* variables may choose what the privileged side runs.
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-m", "powerd.hw", *arguments, *self._options, stdin=asyncio.subprocess.DEVNULL
+            sys.executable,
+            "-I",
+            "-m",
+            "powerd.hw",
+            *arguments,
+            "--config",
+            str(self._config_file),
+            stdin=asyncio.subprocess.DEVNULL,
         )

@@ -43,10 +43,12 @@ def control_why(engine: Engine) -> str:
     if engine.quiesced_until_ns is not None:
         left_s = max(0, (engine.quiesced_until_ns - engine.clock.now_ns()) // NS)
         return f"quiesced for maintenance, {left_s} s left"
+    if node.hold:
+        return f"powerd-hw keeps every GPU at baseline ({node.hold}): powerctl resume"
     if not node.connected:
         return f"powerd-hw is not connected: {node.hw_problem or 'not yet'}"
     if not node.capabilities:
-        return "no GPU: " + str(node.status.get("problem") or "no NVIDIA driver was found")
+        return "no GPU: " + str(node.status.get("error") or "no NVIDIA driver was found")
     offered = [s for c in node.capabilities.values() for s in c.controls.values()]
     if offered and not any(s.available for s in offered):
         return offered[0].reason or "this driver lets powerd set nothing"
@@ -58,7 +60,8 @@ def node_view(engine: Engine, *, time_scale: float | None, started_wall_ns: int,
     node, why = engine.node, control_why(engine)
     return NodeView(
         version=__version__, api_version=f"{API_VERSION[0]}.{API_VERSION[1]}", hostname=socket.gethostname(),
-        simulated=node.simulated, time_scale=time_scale, control=not why, control_why=why, panic=engine.panic,
+        simulated=node.simulated, time_scale=time_scale, control=not why, control_why=why,
+        panic=engine.panic or node.hold == "panic",
         quiesced=engine.quiesced_until_ns is not None, driver_version=node.driver_version, hw_connected=node.connected,
         hw_generation=node.generation, sample_hz=node.sample_hz, started_wall_ns=started_wall_ns, config_reload_ok=reload_ok,
         config_error=reload_error, gpus=tuple(node.capabilities.values()),

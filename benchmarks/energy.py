@@ -12,8 +12,9 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-import pynvml
+import pynvml as _pynvml
 
 from powerd.api import EnergyFigure
 from powerd.clock import NS, RealClock, Waiter
@@ -26,6 +27,7 @@ from powerd.windows import EnergyWindows
 
 KERNELS = ("gemm", "prefill", "decode", "mixed")
 _WARM_UP_NS = 3 * NS
+pynvml: Any = _pynvml  # it has no types
 
 
 class NodeClock(RealClock):

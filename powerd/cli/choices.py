@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from powerd_policies.energy_optimal import Choice, Point, choose, pareto
-
 from powerd.cli.output import table
 from powerd.sweep import Row
+from powerd_policies.energy_optimal import Choice, Point, choose, pareto
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +25,11 @@ def points_of(rows: Sequence[Row]) -> tuple[Point, ...]:
 def choices_of(points: Sequence[Point], slowdowns: Sequence[float]) -> tuple[Choice, ...]:
     """One choice per allowed slowdown."""
     return tuple(choose(points, slowdown) for slowdown in slowdowns) if points else ()
+
+
+def front_of(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The Pareto front, fastest first."""
+    return pareto(points)
 
 
 def curve_table(rows: Sequence[Row], choices: Sequence[Choice], title: str) -> Table:

@@ -200,16 +200,14 @@ def _bar() -> Bar:
 def _report(
     results: Sweep, table: tuple[int, ...], allowed: list[float], plot: list[Path], node: NodeView, as_json: bool
 ) -> None:
-    from powerd_policies.energy_optimal import pareto
-
-    from powerd.cli.choices import choice_line, choices_of, curve_table, points_of
+    from powerd.cli.choices import choice_line, choices_of, curve_table, front_of, points_of
     from powerd.plot import energy_time
 
     rows = [r for r in results.rows if r.clock_mhz in table]
     points = points_of(rows)
     choices = choices_of(points, allowed)
     if as_json:
-        emit_json({"sweep": results, "choices": choices, "pareto": pareto(points)})
+        emit_json({"sweep": results, "choices": choices, "pareto": front_of(points)})
     else:
         title = f"{' '.join(results.command)} on {len(results.gpus)} x {results.gpu_name}{_label(node)}"
         console().print(curve_table(rows, choices, title))
@@ -221,7 +219,7 @@ def _report(
         bounds = [(by_clock[p.clock_mhz].low_j or p.energy_j, by_clock[p.clock_mhz].high_j or p.energy_j) for p in points]
         energy_time(
             plot, list(xy.values()), title=f"{' '.join(results.command)[:60]}, {results.gpu_name}", simulated=results.simulated,
-            front=[xy[p] for p in pareto(points)], errors=bounds,
+            front=[xy[p] for p in front_of(points)], errors=bounds,
             choices={f"{c.slowdown_allowed:.0%}": xy[c.point] for c in choices},
         )  # fmt: skip
         note(f"wrote {', '.join(map(str, plot))}")

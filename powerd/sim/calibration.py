@@ -228,8 +228,9 @@ def main() -> int:
             f = fit(curve, float(model.clock_max_mhz))
             share = f.a_s / f.time_s(model.clock_max_mhz)
             print(
-                f"    t = {f.a_s:.3f} s + {f.b_s_mhz:.1f} / min(f, {f.clock_cap_mhz:.0f}) (fixed share {100 * share:.0f} %), "
-                f"P = {f.static_w:.0f} W + {f.dynamic_w:.0f} W x V^2, V from {f.voltage_floor:.2f} at knee {f.voltage_knee:.2f}"
+                f"    t = {f.a_s:.3f} s + {f.b_s_mhz:.1f} / min(f, {f.clock_cap_mhz:.0f}) "
+                f"(fixed share {100 * share:.0f} %), P = {f.static_w:.0f} W + {f.dynamic_w:.0f} W x V^2, "
+                f"V from {f.voltage_floor:.2f} at knee {f.voltage_knee:.2f}"
             )
     return 0
 

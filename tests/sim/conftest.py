@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,27 @@ def nvml(make_node: MakeNode) -> Iterator[Callable[..., tuple[nodes.SimNode, lis
     yield start
     if opened:
         pynvml.nvmlShutdown()
+
+
+@pytest.fixture
+def participant() -> Callable[..., tuple[threading.Thread, list[Any]]]:
+    """Start a thread that takes part in stepped time from before this call returns until its function ends."""
+
+    def start(node: nodes.SimNode, function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+        joined, out = threading.Event(), []
+
+        def body() -> None:
+            slot = node.library.powerd_sim_join(b"participant")
+            joined.set()
+            out.append(function())
+            node.library.powerd_sim_leave(slot)
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        assert joined.wait(20)
+        return thread, out
+
+    return start
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-import threading
 from typing import Any
 
 import pynvml as p
@@ -81,7 +80,7 @@ def test_a_binding_cap_overshoots_briefly_and_settles_below_the_limit(nvml: Any,
         assert node.view(0).capped
 
 
-def test_the_cap_lowers_the_clock_below_a_lock_says_why_and_lets_go(nvml: Any) -> None:
+def test_the_cap_lowers_the_clock_below_a_lock_says_why_and_lets_go(nvml: Any, participant: Any) -> None:
     node, (gpu, _) = nvml()
     p.nvmlDeviceSetGpuLockedClocks(gpu, 1410, 1410)
     p.nvmlDeviceSetPowerManagementLimit(gpu, 250_000)
@@ -93,9 +92,8 @@ def test_the_cap_lowers_the_clock_below_a_lock_says_why_and_lets_go(nvml: Any) -
     library = node.library
     slot = library.powerd_sim_join(b"looker")
     with Context(0, node=node) as context:
-        worker = threading.Thread(target=context.load, args=(1.0, 10.0))
         start = node.now_ns()
-        worker.start()
+        worker, _ = participant(node, lambda: context.load(1.0, 10.0))
         library.powerd_sim_wait(slot, start + 3_000_000_000, -1)
         look()
         p.nvmlDeviceSetPowerManagementLimit(gpu, 500_000)

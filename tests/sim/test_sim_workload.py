@@ -51,7 +51,7 @@ def test_sweep_on_every_second_clock_predicts_the_left_out_ones(make_node: Any) 
             assert done.energy_mj / 1000 == pytest.approx(5 * point.time_s * point.power_w, rel=0.03)
 
 
-def test_a_clock_change_midway_moves_the_end_both_ways(nvml: Any) -> None:
+def test_a_clock_change_midway_moves_the_end_both_ways(nvml: Any, participant: Any) -> None:
     node, (gpu, _) = nvml()
     library = node.library
     with Context(0, node=node) as context:
@@ -62,10 +62,8 @@ def test_a_clock_change_midway_moves_the_end_both_ways(nvml: Any) -> None:
         for first, second in ((1410, 855), (855, 1410)):
             lock(node, first)
             slot = library.powerd_sim_join(b"setter")
-            out: list[workload.Done] = []
-            worker = threading.Thread(target=lambda out=out: out.append(context.run([(FORWARD, 4)])))
             half = node.now_ns() + round((fast if first == 1410 else slow) / 2 * 1e9)
-            worker.start()
+            worker, out = participant(node, lambda: context.run([(FORWARD, 4)]))
             library.powerd_sim_wait(slot, half, -1)
             p.nvmlDeviceSetGpuLockedClocks(gpu, second, second)
             library.powerd_sim_leave(slot)

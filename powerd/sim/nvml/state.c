@@ -215,6 +215,7 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
     int row = -1;
     for (int i = 0; i < MAX_MAPS; i++) {
         if (maps[i] && strcmp(maps[i]->path, path) == 0) {
+            maps[i]->users++;
             pthread_mutex_unlock(&attach_mutex);
             return maps[i];
         }
@@ -233,6 +234,7 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
             /* Locks get a file description of their own: the mapping, which a forked child keeps, holds this one. */
             sim->fd = open(path, O_RDWR | O_CLOEXEC);
             sim->lifetime_fd = sim->proc = -1;
+            sim->users = 1;
             snprintf(sim->path, sizeof sim->path, "%s", path);
             maps[row] = sim;
         } else if (node != MAP_FAILED) {
@@ -246,7 +248,12 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
 
 SIM_API void powerd_sim_unmap(struct sim *sim) {
     pthread_mutex_lock(&attach_mutex);
+    if (--sim->users > 0) {
+        pthread_mutex_unlock(&attach_mutex);
+        return;
+    }
     if (current == sim) current = NULL;
+    sim_forget(sim);
     for (int i = 0; i < MAX_MAPS; i++)
         if (maps[i] == sim) maps[i] = NULL;
     close(sim->fd);

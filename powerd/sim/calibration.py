@@ -83,9 +83,7 @@ def fit(curve: Curve, clock_max_mhz: float) -> Fit:
     clocks = [p.clock_mhz for p in curve]
     times = [p.time_s for p in curve]
     powers = [p.power_w for p in curve]
-    candidates = [
-        (_line([1.0 / min(f, cap) for f in clocks], times), cap) for cap in clocks if cap >= 0.7 * clock_max_mhz
-    ]
+    candidates = [(_line([1.0 / min(f, cap) for f in clocks], times), cap) for cap in clocks if cap >= 0.7 * clock_max_mhz]
     (a_s, b, _), cap = min(candidates, key=lambda row: row[0][2])
     best: tuple[float, float, float, float, float] | None = None
     for knee_step in range(9):

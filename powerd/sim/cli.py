@@ -35,9 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--perm", default="any", choices=list(PERMISSIONS), help="who may change settings")
     run.add_argument("--no-persistence", action="store_true", help="settings are lost when the last client closes")
     run.add_argument("--latency", type=float, default=1.0, help="multiplies every injected driver latency, 0 = none")
-    run.add_argument(
-        "--profile", action="append", default=[], metavar="NAME=CSV", help="add measured kernels, repeatable"
-    )
+    run.add_argument("--profile", action="append", default=[], metavar="NAME=CSV", help="add measured kernels, repeatable")
     run.add_argument(
         "--fit-on", choices=["all", "every-second"], default="all", help="measured clocks that kernels are built from"
     )

@@ -63,9 +63,7 @@ def test_every_served_structure_is_compared() -> None:
 @pytest.mark.parametrize("name", sorted(PAIRS))
 def test_size_and_offset_of_every_field_agree_with_the_bindings(name: str) -> None:
     ours, theirs = c_rows()[name], PAIRS[name]
-    expected = {
-        field[0]: (getattr(theirs, field[0]).offset, getattr(theirs, field[0]).size) for field in theirs._fields_
-    }
+    expected = {field[0]: (getattr(theirs, field[0]).offset, getattr(theirs, field[0]).size) for field in theirs._fields_}
     assert ours.pop("") == (0, ctypes.sizeof(theirs))
     assert ours == expected
 

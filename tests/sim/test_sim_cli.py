@@ -35,9 +35,7 @@ def test_run_gives_the_command_a_node_and_takes_it_away() -> None:
     assert "3 x NVIDIA A40 (simulated)" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)]
-)
+@pytest.mark.parametrize(("code", "expected"), [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_run_passes_the_exit_code_on(code: str, expected: int) -> None:
     assert sim("run", "--", sys.executable, "-c", code).returncode == expected
 
@@ -92,9 +90,7 @@ def test_mistakes_get_one_clear_line(args: list[str], message: str, capsys: pyte
     assert error.count("\n") == 1
 
 
-def test_show_without_a_node_says_how_to_get_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_without_a_node_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("POWERD_SIM_STATE", raising=False)
     assert cli.main(["show"]) == 2
     assert "run under `powerd sim run`" in capsys.readouterr().err

@@ -268,6 +268,27 @@ def test_setters_take_the_measured_time_one_after_another(nvml: Any) -> None:
     assert times[989] == pytest.approx(13.0, rel=0.25)
 
 
+def test_latency_is_paid_by_the_thread_that_waits_for_a_participant(nvml: Any) -> None:
+    node, (gpu, _) = nvml(latency=1.0)
+    library = node.library
+    slot = library.powerd_sim_join(b"joined here, lives elsewhere")
+    times = []
+
+    def elsewhere() -> None:
+        library.powerd_sim_wait(slot, node.now_ns() + 1, -1)
+        start = node.now_ns()
+        p.nvmlDeviceSetPowerManagementLimit(gpu, 300_000)
+        times.append(node.now_ns() - start)
+
+    thread, _ = in_thread(elsewhere)
+    thread.join(20)
+    start = node.now_ns()
+    p.nvmlDeviceSetPowerManagementLimit(gpu, 310_000)
+    library.powerd_sim_leave(slot)
+    assert times[0] == pytest.approx(5e6, rel=0.5)
+    assert node.now_ns() == start
+
+
 def test_setters_of_a_node_queue_up(nvml: Any) -> None:
     _, handles = nvml(gpus=8, time="x0.5", latency=1.0)
     start = time.monotonic()
@@ -295,9 +316,7 @@ def test_latency_can_be_switched_off_and_multiplied(nvml: Any) -> None:
     library.powerd_sim_leave(slot)
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(set(KINDS) - {"oob-cap", "foreign-limit", "foreign-lock", "foreign-memory-lock"})
-)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"oob-cap", "foreign-limit", "foreign-lock", "foreign-memory-lock"}))
 def test_every_kind_can_be_injected_and_cleared(make_node: Any, kind: str) -> None:
     node = make_node()
     node.fault(kind)

@@ -146,9 +146,7 @@ def test_unknown_kernels_and_silly_numbers_are_refused(make_node: Any) -> None:
 def test_the_command_works_on_the_node_of_its_environment(make_node: Any) -> None:
     node = make_node(time="x100")
     command = [sys.executable, "-m", "powerd.sim.workload", "--json", "--gpu", "0", "--gpu", "1", f"{FORWARD}:4"]
-    done = subprocess.run(
-        command, env={**os.environ, **node.env()}, capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run(command, env={**os.environ, **node.env()}, capture_output=True, text=True, check=True, timeout=60)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["gpu"] for row in rows] == [0, 1]
     assert all(row["simulated"] and row["seconds"] == pytest.approx(2.006, rel=0.02) for row in rows)

@@ -145,6 +145,7 @@ struct sim_slot {
     uint32_t used, proc; /* used: 1 = counts, 2 = set aside while its thread waits for GPU work */
     uint32_t waiting, word, woken, reserved;
     uint64_t deadline_ns;
+    uint64_t thread; /* which thread of its process is this participant */
     char name[SIM_NAME];
 };
 

@@ -272,7 +272,7 @@ class Supervisor:
         """The worker has opened its GPUs: give it the table, unless a hand-over says to wait for powerd's."""
         self._ready = self._was_ready = True
         self._progress()
-        if not self._table.in_grace or self._had_peer:
+        if not self._table.adopting:
             self._send_desired()
         notify("READY=1", f"STATUS=generation {self._generation} serves")
         self._status()

@@ -118,6 +118,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.handlers import Handlers
     from powerd.hwchild import HwChild
     from powerd.hwlink import HwLink
+    from powerd.leasebook import LeaseBook
     from powerd.leasefile import LeaseFile
     from powerd.log import log
     from powerd.node import Node, alive
@@ -144,7 +145,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         # What is known
         events = EventLog(clock)
         node = Node(clock, config.hw.sample_hz)
-        engine = Engine(clock, config, LeaseFile(state_dir / "leases.json"), events, node)
+        book = LeaseBook(clock, LeaseFile(state_dir / "leases.json"), events)
+        engine = Engine(clock, config, book, events, node)
         reload_error = ""
         started_wall_ns = clock.wall_ns()
 
@@ -180,7 +182,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 view: LeaseView = lease_view(engine, lease)
                 store.append_lease(view)
 
-        engine.on_lease = on_lease
+        book.on_lease = on_lease
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
         server = Server(clock, handlers.table(), rules, lambda: tcp_token)

@@ -23,11 +23,11 @@ from aiohttp import web
 from powerd.access import Origin, Principal, Rules, may_control
 from powerd.api import API_HEADER, API_VERSION, FLIGHT_HEADER, ROUTES
 from powerd.attach import check_version, error_body
+from powerd.call import Call, Handler
 from powerd.clock import Clock
 from powerd.config import TcpConfig
 from powerd.decode import nearest
 from powerd.errors import ConfigError, DeniedError, PowerdError, RequestError, UnavailableError
-from powerd.handlers import Call, Handler
 from powerd.log import log
 from powerd.node import alive
 from powerd.peer import peer_pidfd, unix_principal

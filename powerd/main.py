@@ -21,13 +21,14 @@ from powerd import clock as clocks
 from powerd import config as configuration
 from powerd.access import Rules
 from powerd.api import LeaseView, NodeView
+from powerd.arguments import Parser
 from powerd.clock import Clock
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_UNAVAILABLE, ConfigError, PowerdError, UnavailableError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="powerd", description="Measures and sets GPU clocks and power limits on this node.")
+    parser = Parser(prog="powerd", description="Measures and sets GPU clocks and power limits on this node.")
     parser.add_argument("--version", action="version", version=f"powerd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run the daemon")
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             return _sim(words[1:])
         arguments = _parser().parse_args(words)
         if arguments.command == "check-config":
-            configuration.load(arguments.file)
+            check_config(configuration.load(arguments.file))
             print(f"{arguments.file or configuration.default_file()}: good")
             return EXIT_OK
         return _run(arguments)
@@ -84,6 +85,20 @@ def _sim(words: list[str]) -> int:
     except ImportError as error:
         raise UnavailableError(f"the simulated driver is not installed: {error}", hint="pip install 'powerd[sim]'") from error
     return int(cli.main(words) or 0)
+
+
+def check_config(config: Config) -> None:
+    """Refuse what `run` would refuse beyond single values. ConfigError when the TCP listener cannot be as configured."""
+    if not (config.tcp.listen or config.tcp.token_file):
+        return
+    try:
+        from powerd.server import bearer_token, tcp_address, tls_context
+    except ImportError as error:
+        raise UnavailableError(f"checking [tcp] needs {error.name}", hint="pip install 'powerd[daemon]'") from error
+    bearer_token(config.tcp)
+    if config.tcp.listen:
+        tcp_address(config.tcp)
+        tls_context(config.tcp)
 
 
 def load_config(arguments: argparse.Namespace) -> Config:

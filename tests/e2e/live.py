@@ -166,7 +166,13 @@ token_file = "{self.token_file}"
     def run(self, argv: Sequence[str], *, stdin: str | None = None, env: Mapping[str, str] | None = None) -> Answer:
         """Any command with this node's environment."""
         done = subprocess.run(
-            list(argv), env={**self.env, **(env or {})}, cwd=self.root, text=True, capture_output=True, timeout=60, input=stdin or ""
+            list(argv),
+            env={**self.env, **(env or {})},
+            cwd=self.root,
+            text=True,
+            capture_output=True,
+            timeout=60,
+            input=stdin or "",
         )
         return Answer(done.returncode, done.stdout, done.stderr)
 
@@ -198,7 +204,11 @@ token_file = "{self.token_file}"
         data = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nHost: powerd\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode()
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _AS_NOBODY, str(self.socket)], input=head + data, capture_output=True, timeout=20, cwd="/"
+            [sys.executable, "-I", "-c", _AS_NOBODY, str(self.socket)],
+            input=head + data,
+            capture_output=True,
+            timeout=20,
+            cwd="/",
         )
         assert done.returncode == 0, done.stderr.decode()
         top, _, content = done.stdout.partition(b"\r\n\r\n")

@@ -169,11 +169,11 @@ class Engine:
         """Whether wants count now; otherwise every GPU is at baseline or nobody may set anything."""
         return self.config.daemon.control and not self.panic and self.quiesced_until_ns is None and not self.node.hold
 
-    def _preview(self, leases: Collection[Lease]) -> Reconciled:
+    def _preview(self, leases: Collection[Lease], dwell_s: float) -> Reconciled:
         unreachable = self.node.unreachable()
         wants = [w for lease in leases for w in wants_of(lease, unreachable)]
-        dwell_ns = from_seconds(self.config.hw.min_dwell_s)
-        return self.setpoints.preview(wants, self.node.capabilities, self.config.limits, self.clock.now_ns(), dwell_ns)
+        limits, now_ns = self.config.limits, self.clock.now_ns()
+        return self.setpoints.preview(wants, self.node.capabilities, limits, now_ns, from_seconds(dwell_s))
 
     def update(self, force: bool = False) -> None:
         """Reconcile and tell hw when something changed or the table has to be renewed."""
@@ -181,7 +181,7 @@ class Engine:
         if self.active and not self.node.capabilities and self.leases:
             self._plan_next(None)
             return  # the GPUs are not known yet: what hw holds for these leases stays
-        result = self._preview(self.leases.values() if self.active else ())
+        result = self._preview(self.leases.values() if self.active else (), self.config.hw.min_dwell_s)
         for refusal in self.setpoints.adopt(result):
             want = refusal.want
             self.events.add("want_refused", uuid=want.uuid, subject=want.source, detail=f"{want.control.value}: {refusal.why}")
@@ -241,7 +241,7 @@ class Engine:
 
     def _plan(self, lease: Lease, what: str) -> tuple[Outcome, ...]:
         """What would be asked of hw for a lease; RequestError(conflict) when not one of its wants could be served."""
-        planned = self._preview([*(x for x in self.leases.values() if x.id != lease.id), lease]).setpoints
+        planned = self._preview([*(x for x in self.leases.values() if x.id != lease.id), lease], dwell_s=0.0).setpoints
         refused = self.setpoints.refusals(lease.id, planned)
         if refused and len(refused) == len(wants_of(lease, self.node.unreachable())):
             first = refused[0]

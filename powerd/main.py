@@ -25,6 +25,7 @@ from powerd.arguments import Parser
 from powerd.clock import Clock
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_UNAVAILABLE, ConfigError, PowerdError, UnavailableError
+from powerd.tcp import check_tcp
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             return _sim(words[1:])
         arguments = _parser().parse_args(words)
         if arguments.command == "check-config":
-            check_config(configuration.load(arguments.file))
+            check_tcp(configuration.load(arguments.file).tcp)
             print(f"{arguments.file or configuration.default_file()}: good")
             return EXIT_OK
         return _run(arguments)
@@ -85,20 +86,6 @@ def _sim(words: list[str]) -> int:
     except ImportError as error:
         raise UnavailableError(f"the simulated driver is not installed: {error}", hint="pip install 'powerd[sim]'") from error
     return int(cli.main(words) or 0)
-
-
-def check_config(config: Config) -> None:
-    """Refuse what `run` would refuse beyond single values. ConfigError when the TCP listener cannot be as configured."""
-    if not (config.tcp.listen or config.tcp.token_file):
-        return
-    try:
-        from powerd.server import bearer_token, tcp_address, tls_context
-    except ImportError as error:
-        raise UnavailableError(f"checking [tcp] needs {error.name}", hint="pip install 'powerd[daemon]'") from error
-    bearer_token(config.tcp)
-    if config.tcp.listen:
-        tcp_address(config.tcp)
-        tls_context(config.tcp)
 
 
 def load_config(arguments: argparse.Namespace) -> Config:
@@ -139,7 +126,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.node import Node, alive
     from powerd.notify import listen_sockets, notify, watchdog_ns
     from powerd.peer import group_id
-    from powerd.server import Server, bearer_token
+    from powerd.server import Server
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
     from powerd.sockets import bind, lock_state, make_dir
@@ -150,7 +137,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     run_dir, state_dir = configuration.run_dir(config), configuration.state_dir(config)
     make_dir(run_dir, 0o755)
     make_dir(state_dir, 0o700)
-    tcp_token = bearer_token(config.tcp)
+    tcp_token = check_tcp(config.tcp)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_state(state_dir))
         handed = listen_sockets()
@@ -217,7 +204,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             notify("RELOADING=1", f"MONOTONIC_USEC={clocks.RealClock().now_ns() // 1000}")
             try:
                 new = load_config(arguments)
-                tcp_token = bearer_token(new.tcp)
+                tcp_token = check_tcp(new.tcp)
                 engine.apply_config(new)
                 reload_error = ""
                 events.add("config_reloaded")

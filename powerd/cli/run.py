@@ -80,8 +80,8 @@ def run_command(command: list[str]) -> int:
             note(f"{command[0]}: {error.strerror}")
             return 126
         while True:
-            info = signal.sigwaitinfo(held)
-            if info.si_signo == signal.SIGCHLD:
+            info = signal.sigtimedwait(held, 1.0)
+            if info is None or info.si_signo == signal.SIGCHLD:
                 done, code = os.waitpid(pid, os.WNOHANG)
                 if done:
                     ended = os.waitstatus_to_exitcode(code)
@@ -116,10 +116,11 @@ def run(
         split_gpus(gpus), **wants.keywords(), reason=reason or f"powerctl run {command[0]}", job=job, dry_run=dry_run,
         ttl_s=None if ttl is None else units.duration_s(ttl),
     )  # fmt: skip
-    tell_outcomes(node, lease.view)
+    tell_outcomes(node, lease.view, load_follows=True)
     granted = exit_code_of(lease.view)
     if dry_run:
-        note(f"would run {' '.join(command)!r} on {len(lease.view.gpus)} GPU(s); nothing was changed")
+        label = f" ({simulated(node)})" if node.simulated else ""
+        note(f"would run {' '.join(command)!r} on {len(lease.view.gpus)} GPU(s){label}; nothing was changed")
         raise typer.Exit(granted)
     with lease:
         window = _begin(client, list(lease.view.gpus), command[0], job)

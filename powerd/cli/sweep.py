@@ -123,7 +123,7 @@ def _measure(
         lease = stack.enter_context(
             client.lease(list(results.gpus), sm_clock_mhz=todo[0], reason=f"sweep of {command[0]}", job=job, min_dwell_s=0.0)
         )
-        tell_outcomes(node, lease.view)
+        tell_outcomes(node, lease.view, load_follows=True)
         if lease.refused:
             return results, EXIT_CONFLICT
         step: Callable[[int], Row | None]

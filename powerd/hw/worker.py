@@ -33,6 +33,7 @@ CAUSES: tuple[Restart, ...] = tuple(Restart)
 LEAVE_SETTINGS = 1 << 8  # argument of QUIESCE: an upgrade is under way, keep what is set
 _RESTORE_LIMIT_NS = 15 * NS
 _EPOCH_NOTE_NS = 60 * NS
+_LOOK_NS = 5 * NS
 _WATCH_NS = NS // 5  # how often deadlines are looked at
 
 
@@ -128,6 +129,8 @@ class Worker:
         self._started = threading.Lock()
         self._fatal = ""
         devices = list(node.devices())
+        if node.count() > len(devices):
+            threading.Thread(target=self._look, args=(node, len(devices)), name="look", daemon=True).start()
         capabilities = [device.capabilities() for device in devices]
         self.journal = Journal(directory, node.driver_load_id, generation, everything(capabilities, config))
         self._gpus = [self._gpu(node, d, c, generation) for d, c in zip(devices, capabilities, strict=True)]
@@ -163,6 +166,14 @@ class Worker:
         if self._started.acquire(blocking=False):
             for gpu in self._gpus:
                 gpu.start()
+
+    def _look(self, node: Node, known: int) -> None:
+        """For GPUs that did not answer at the start: when one does, the next worker opens them all."""
+        waiter = self._clock.waiter("look")
+        with contextlib.suppress(DeviceError):
+            while len(node.devices()) <= known:
+                waiter.wait_until(self._clock.now_ns() + _LOOK_NS)
+        self._end("a GPU has come back")
 
     # ends
 
@@ -240,6 +251,8 @@ class Worker:
             gpu.actuator.overdue(now_ns)
         if wedged and all(wedged):
             self._fatal = "no GPU answers"
+        if self._gpus and all(gpu.sampler.reading.health is Health.LOST for gpu in self._gpus):
+            self._fatal = "every GPU is lost: the driver was reloaded or is gone"
 
     def _publish(self) -> None:
         """Send all readings as they are now; called at the end of each round by the thread that read."""

@@ -197,8 +197,59 @@ def fit_errors(curve: Curve, clock_max_mhz: float) -> Errors:
     return compare(curve, [Point(p.clock_mhz, fitted.time_s(p.clock_mhz), fitted.power_w(p.clock_mhz)) for p in curve])
 
 
-def main() -> int:
-    """Print, for every shipped profile, the errors of tables of every second clock and of the fitted forms."""
+@dataclass(frozen=True, slots=True)
+class LimitPoint:
+    """A whole job under one power limit: time and energy relative to the highest limit, measured and modelled."""
+
+    limit_w: float
+    time: float
+    energy: float
+    modelled_time: float
+    modelled_energy: float
+
+
+def load_limit_sweep(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """Read a power-limit sweep as model -> (limit W, time s, energy J of all GPUs), highest limit first."""
+    out: dict[str, list[tuple[float, float, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            limits = {float(value) for key, value in row.items() if key.startswith("power_limit_")}
+            if len(limits) == 1:
+                out.setdefault(row["model_name"], []).append((limits.pop(), float(row["time"]), float(row["energy"])))
+    return {name: sorted(rows, reverse=True) for name, rows in out.items()}
+
+
+def clock_at_power(curve: Curve, power_w: float) -> float:
+    """The highest clock at which a curve draws no more than `power_w` (its lowest clock if none does)."""
+    low, high = curve[0].clock_mhz, curve[-1].clock_mhz
+    if interpolate(curve, high).power_w <= power_w:
+        return high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if interpolate(curve, middle).power_w <= power_w else (low, middle)
+    return low
+
+
+def limit_response(
+    curve: Curve, rows: Sequence[tuple[float, float, float]], cap_target: float, blocked_w: float, busy: float
+) -> list[LimitPoint]:
+    """Model a job that runs one kernel for a share `busy` of the time under each limit, blocked for the rest."""
+    out: list[LimitPoint] = []
+    first: tuple[float, float] | None = None
+    for limit_w, time_s, energy_j in rows:
+        point = interpolate(curve, clock_at_power(curve, cap_target * limit_w))
+        energy = (busy * point.power_w + (1 - busy) * blocked_w) * point.time_s
+        first = first or (point.time_s, energy)
+        modelled = (point.time_s / first[0], energy / first[1])
+        out.append(LimitPoint(limit_w, time_s / rows[0][1], energy_j / rows[0][2], *modelled))
+    return out
+
+
+# Busy share of the published pipelines (4 and 8 stages), from mean power against the limit; the rest is bubbles.
+BUSY_SHARE = {"a100-pcie": 0.93, "a40": 0.82}
+
+
+def _print_profiles() -> None:
     from powerd.sim.kernels import profile_path
     from powerd.sim.models import MODELS
 
@@ -230,6 +281,29 @@ def main() -> int:
                 f"(fixed share {100 * share:.0f} %), P = {f.static_w:.0f} W + {f.dynamic_w:.0f} W x V^2, "
                 f"V from {f.voltage_floor:.2f} at knee {f.voltage_knee:.2f}"
             )
+
+
+def _print_limits() -> None:
+    from powerd.sim.kernels import generic_curve, profile_path
+    from powerd.sim.models import MODELS, to_c
+
+    for key, name in (("a100-pcie", "a100"), ("a40", "a40")):
+        model = MODELS[key]
+        curve, target = generic_curve(model, "gemm"), to_c(model).cap_target
+        for job, rows in load_limit_sweep(profile_path(f"power_limits/power_limit_sweep_{name}.csv")).items():
+            points = limit_response(curve, rows, target, model.blocked_w, BUSY_SHARE[key])
+            print(f"{key}, kernel gemm against {job} (time and energy relative to {points[0].limit_w:.0f} W):")
+            for p in points[1:]:
+                print(
+                    f"  {p.limit_w:4.0f} W  time {p.time:.3f} modelled {p.modelled_time:.3f}"
+                    f"  energy {p.energy:.3f} modelled {p.modelled_energy:.3f}"
+                )
+
+
+def main() -> int:
+    """Print the errors of tables of every second clock and of fitted forms, and of the response to power limits."""
+    _print_profiles()
+    _print_limits()
     return 0
 
 

@@ -123,6 +123,19 @@ def test_processes_are_listed_while_they_live(nvml: Any, spawn: Any) -> None:
     assert p.nvmlDeviceGetComputeRunningProcesses(gpu) == []
 
 
+def test_work_of_a_killed_process_stops_drawing_power(nvml: Any, spawn: Any) -> None:
+    node, (gpu, _) = nvml(time="x20")
+    code = "from powerd.sim.workload import Context\nContext(0).load(1.0, 1e6)\n"
+    child = spawn(node, code)
+    while p.nvmlDeviceGetPowerUsage(gpu) < 400_000:
+        assert child.poll() is None
+        node.advance(0.5)
+    end(child)
+    while p.nvmlDeviceGetPowerUsage(gpu) > 60_000:
+        node.advance(0.5)
+    assert p.nvmlDeviceGetClockInfo(gpu, p.NVML_CLOCK_SM) == 210
+
+
 def test_a_forked_child_does_not_keep_its_dead_parent_alive(nvml: Any, spawn: Any) -> None:
     node, _ = nvml(time="real")
     code = (

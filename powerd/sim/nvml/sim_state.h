@@ -114,6 +114,7 @@ struct sim_gpu {
     uint32_t index;
     uint32_t change_word; /* futex: something changed that moves the end of running work */
     uint64_t t_ns;        /* physics is exact up to here */
+    uint64_t looked_real_ns;
     /* settings */
     struct sim_setting lock, lock_before, memory_lock;
     uint64_t lock_at_ns;

@@ -106,22 +106,21 @@ void sim_settle_clients(struct sim *sim) {
 }
 
 void sim_lifetime_open(struct sim *sim) {
+    bool cold = false;
     pthread_mutex_lock(&attach_mutex);
     if (sim->lifetime_users++ == 0) {
         sim->lifetime_fd = open(sim->path, O_RDWR | O_CLOEXEC);
         if (sim->lifetime_fd >= 0) {
             if (flock(sim->lifetime_fd, LOCK_EX | LOCK_NB) == 0) {
-                bool cold = false;
                 for (uint32_t g = 0; g < sim->node->config.gpus; g++) cold |= !sim->node->gpus[g].persistence;
                 forget_settings(sim);
-                double open_s = sim->node->config.first_open_s * sim->node->config.latency;
-                if (cold && open_s > 0)
-                    sim_sleep_until(sim, sim_now(sim->node) + (uint64_t)(open_s * (double)SIM_SECOND));
             }
             flock(sim->lifetime_fd, LOCK_SH);
         }
     }
     pthread_mutex_unlock(&attach_mutex);
+    double open_s = sim->node->config.first_open_s * sim->node->config.latency;
+    if (cold && open_s > 0) sim_sleep_until(sim, sim_now(sim->node) + (uint64_t)(open_s * (double)SIM_SECOND));
 }
 
 void sim_lifetime_close(struct sim *sim) {

@@ -47,7 +47,7 @@ def _median_ms(values: list[float]) -> float:
 
 def overhead(report: Report, progress: Progress, seconds: float = 40.0) -> None:
     """CPU and memory of all processes of both units."""
-    report.title, report.simulated = f"{GPUS} GPUs at 10 Hz, store and /metrics on", True
+    report.title, report.simulated = f"{GPUS} GPUs at 10 Hz with store and /metrics", True
     with running(gpus=GPUS) as daemon:
         client = daemon.client()
         warm_up = 8.0
@@ -74,9 +74,7 @@ def overhead(report: Report, progress: Progress, seconds: float = 40.0) -> None:
         report.add("all processes: CPU", 100 * total / spent, "% of one core", "< 2")
         report.add("all processes: RSS", rss / 1e6, "MB", "< 120")
         report.add("all processes: PSS (shared pages counted once)", pss / 1e6, "MB")
-    report.notes.append(
-        f"{spent:.0f} s after {warm_up:.0f} s of warm-up; every GPU busy; /metrics scraped every 5 s; Influx off (not built)."
-    )
+    report.notes.append(f"{spent:.0f} s after {warm_up:.0f} s of warm-up; every GPU busy; /metrics scraped every 5 s; no Influx.")
     report.notes.append("The simulated driver's own physics runs inside powerd-hw and is counted.")
 
 
@@ -105,14 +103,12 @@ def snapshot(report: Report, progress: Progress, requests: int = 3000) -> None:
     report.add("p50", _median_ms(took), "ms", "< 1")
     report.add("p99", 1000 * percentile(took, 0.99), "ms")
     report.add("answer", size, "bytes")
-    report.notes.append(
-        f"{requests} requests with the standard library's http.client, client time included; sampling at 10 Hz goes on."
-    )
+    report.notes.append(f"{requests} requests by the standard library's http.client, its time included, while sampling goes on.")
 
 
 def set_latency(report: Report, progress: Progress, rounds: int = 60) -> None:
     """From a request to the driver and back."""
-    report.title, report.simulated = "one setting of one GPU changed through its lease, daemon otherwise idle", True
+    report.title, report.simulated = "one setting of one GPU changed through its lease, the daemon otherwise idle,", True
     with running(gpus=GPUS) as daemon:
         client = daemon.client()
         limits = _changes(client, daemon, "power_limit", (450_000, 600_000), rounds, lambda s: progress(s / 2))
@@ -134,11 +130,9 @@ def set_latency(report: Report, progress: Progress, rounds: int = 60) -> None:
     if confirmed:
         report.add("clocks: request -> first confirming sample, p50", _median_ms(confirmed), "ms")
         report.add("clocks: request -> first confirming sample, p99", 1000 * percentile(confirmed, 0.99), "ms")
+    report.notes.append(f"{rounds} changes each, up and down in turn, GPU under load, driver latency injected by the simulator.")
     report.notes.append(
-        f"{rounds} changes each, up and down in turn, GPU under load; driver latencies are the simulator's injected ones."
-    )
-    report.notes.append(
-        "The driver call is from entering NVML to its return, as powerd-hw stamped it; the limit's read back comes on top."
+        "The driver call is from entering NVML to its return, stamped by powerd-hw; the limit's read back comes on top."
     )
 
 

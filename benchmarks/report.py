@@ -94,12 +94,13 @@ def percentile(values: Sequence[float], share: float) -> float:
 def write(reports: Sequence[Report], path: Path = RESULTS) -> None:
     """Replace the sections of these benchmarks in results.md, or add them at its end."""
     head = (
-        "# Benchmark results\n\nMade by `python -m benchmarks --write` (all of them: `make bench`). Figures move with the machine and "
-        "with what\nelse runs on it; the commands print them anew.\n"
+        "# Benchmark results\n\nMade by `python -m benchmarks --write` (all of them: `make bench`). Figures move with the\n"
+        "machine and with what else runs on it; the commands print them anew.\n"
     )
     text = path.read_text(encoding="utf-8") if path.exists() else head
     for report in reports:
         section = report.markdown()
         pattern = re.compile(rf"^## {re.escape(report.name)}: .*?(?=^## |\Z)", re.M | re.S)
-        text = pattern.sub(lambda _, s=section: s + "\n", text) if pattern.search(text) else f"{text.rstrip()}\n\n{section}"
+        old = pattern.search(text)
+        text = f"{text[: old.start()]}{section}\n{text[old.end() :]}" if old else f"{text.rstrip()}\n\n{section}"
     path.write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -182,9 +182,10 @@ class _SteppedWaiter:
         self._woken.set()
         self._library.powerd_sim_wake(self._slot)
 
-    def forget(self) -> None:
-        """Drop a wake that came too late, or the next wait would end before it began."""
+    def calm(self) -> None:
+        """Forget a wake that came when the wait had ended already; only while nobody waits."""
         self._woken.clear()
+        self._library.powerd_sim_wait(self._slot, 0, 0)
 
     def close(self) -> None:
         self._library.powerd_sim_leave(self._slot)
@@ -235,7 +236,7 @@ class _SteppedSelector(selectors.EpollSelector):
         ready = super().select(None)
         self._waiter.wake()
         self._idle.acquire()
-        self._waiter.forget()
+        self._waiter.calm()  # the wait may have ended by itself: a wake left over would end the next one at once, and so on
         with contextlib.suppress(BlockingIOError):
             os.read(self._ring_read, 64)
         return self._mine(ready)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
+from powerd.arguments import Parser
 from powerd.sim.layout import MAX_QUEUE, Item
 from powerd.sim.node import SimError, SimNode, attach
 
@@ -131,7 +132,7 @@ def parse_kernel(text: str) -> tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run kernels or a steady load on the node named by POWERD_SIM_STATE; prints what it took."""
-    parser = argparse.ArgumentParser(prog="powerd.sim.workload", description="Work on a simulated GPU.")
+    parser = Parser(prog="powerd.sim.workload", description="Work on a simulated GPU.")
     parser.add_argument(
         "kernels",
         nargs="*",

@@ -21,6 +21,7 @@ from powerd import clock as clocks
 from powerd import config as configuration
 from powerd.access import Rules
 from powerd.api import LeaseView, NodeView
+from powerd.arguments import Parser
 from powerd.clock import Clock
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_UNAVAILABLE, ConfigError, PowerdError, UnavailableError
@@ -28,7 +29,7 @@ from powerd.tcp import check_tcp
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="powerd", description="Measures and sets GPU clocks and power limits on this node.")
+    parser = Parser(prog="powerd", description="Measures and sets GPU clocks and power limits on this node.")
     parser.add_argument("--version", action="version", version=f"powerd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run the daemon")

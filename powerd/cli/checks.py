@@ -142,7 +142,7 @@ def node(view: NodeView) -> list[Finding]:
         found.append(Finding("control", Level.OK, "powerd may set clocks and limits"))
     else:
         found.append(
-            Finding("control", Level.NOTE, f"monitor only: {view.control_why}", "control = true in [daemon] of powerd.toml")
+            Finding("control", Level.NOTE, view.control_why, "control = true in [daemon] of powerd.toml")
         )
     if not view.gpus:
         found.append(Finding("GPUs", Level.PROBLEM, "the daemon sees no GPU", "see the driver above"))

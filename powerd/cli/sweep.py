@@ -20,7 +20,7 @@ import typer
 
 from powerd.cli.context import DryRun, GpuOption, Job, JsonFlag, connect, note, simulated, split_gpus, tell_outcomes
 from powerd.cli.output import console, emit_json
-from powerd.cli.run import Command, run_command
+from powerd.cli.run import Command, check_command, run_command
 from powerd.errors import EXIT_CONFLICT, EXIT_OK, EXIT_OVERRIDDEN, LeaseLostError, RequestError
 from powerd.model import Verdict
 from powerd.sweep import PROGRESS_ENV, Progress, Row, Sweep, load, once, parse_clocks, save, steady
@@ -72,6 +72,7 @@ def sweep(
         plots.check(path)
     if "," in instruction or "\n" in instruction:
         raise RequestError("--instruction is one word of a CSV", code="bad_value")
+    check_command(command)
     client = connect(ctx)
     node = client.node()
     uuids = client.resolve(split_gpus(gpus))

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
+from powerd.arguments import Parser
 from powerd.sim.layout import MAX_QUEUE, Item
 from powerd.sim.node import SimError, SimNode, attach
 
 GIB = 1 << 30
 RUN, LOAD, BLOCKED = 1, 2, 3
+MAX_SECONDS = 1e9
 WAIT_REAL_MS = 500  # how long the driver may wait before Python looks for signals
 
 
@@ -79,6 +81,8 @@ class Context:
         return self._submit(BLOCKED, [], 0.0, 0, seconds)
 
     def _submit(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> Done:
+        if not 0.0 <= seconds <= MAX_SECONDS:
+            raise ValueError(f"a load lasts 0 to {MAX_SECONDS:.0f} s, not {seconds}")
         array = (Item * max(1, len(items)))(*items)
         begin_ns = self.node.now_ns()
         code = self._library.powerd_sim_work_submit(
@@ -131,7 +135,7 @@ def parse_kernel(text: str) -> tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run kernels or a steady load on the node named by POWERD_SIM_STATE; prints what it took."""
-    parser = argparse.ArgumentParser(prog="powerd.sim.workload", description="Work on a simulated GPU.")
+    parser = Parser(prog="powerd.sim.workload", description="Work on a simulated GPU.")
     parser.add_argument(
         "kernels",
         nargs="*",

@@ -38,6 +38,7 @@ START_S = 30.0
 SLACK_S = 0.15  # real seconds that the work outlasts its window, for messages on a busy machine
 EDGE_S = 0.05  # real seconds of work before the window, so that no sample at its edge saw an idle GPU
 ATTEMPTS = 6
+BUDGET_S = 55.0  # of the sweep, so that all is done within 90 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,12 @@ def _sweep(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("sweeping SM clocks through one lease (simulated)", total=len(clocks))
-        for clock in clocks:
+        # Every second clock first: whatever the time allows, the whole range is covered.
+        began_s = time.monotonic()
+        for n, clock in enumerate([*clocks[::2], *clocks[1::2]]):
+            if n >= len(clocks[::2]) and time.monotonic() - began_s > BUDGET_S:
+                print(f"note: this machine is busy; {len(clocks) - n} of {len(clocks)} clocks are left out (simulated)")
+                break
             slack_s = SLACK_S * stage.scale
             for _ in range(ATTEMPTS):
                 sweeper.tell(f"clock {clock}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 
 from powerd.client import Client
 from powerd.demo.children import say
@@ -33,7 +34,7 @@ def main() -> None:
             say(
                 begin_ns=view.begin_ns if view else 0, end_ns=view.end_ns if view else 0,
                 verdict=verdict_of(client.lease_view(lease.id).outcomes),
-                figures=[{"uuid": f.uuid, "energy_j": f.energy_j, "low_j": f.low_j, "high_j": f.high_j} for f in window.figures],
+                figures=[asdict(f) for f in window.figures],
             )  # fmt: skip
             continue
         time.sleep(SETTLE_S / scale)

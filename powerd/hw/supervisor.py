@@ -34,7 +34,7 @@ from powerd.model import Event, Restart
 
 _QUEUE = 4096  # frames that wait for a slow powerd; snapshots never wait
 _START_LIMIT_S = 120.0  # initialising a GPU takes seconds without persistence, each
-_SILENCE_S = 5.0
+_SILENCE_S = 20.0  # a starved machine is slow, not broken
 _RESTART_S = (0.0, 0.5, 1.0, 2.0, 5.0)
 _STOP_LIMIT_S = 20.0
 _LONELY_S = 60.0  # a development child that nobody ever talked to
@@ -150,6 +150,7 @@ class Supervisor:
             self._adopt(inherited)
         self._start_worker()
         keeper = loop.create_task(self._keep())
+        keeper.add_done_callback(self._kept)
         try:
             return await self._exit
         finally:
@@ -171,6 +172,11 @@ class Supervisor:
         os.chmod(self._path, 0o666 if self._config.hw.peer_user else 0o600)  # the uid is checked on every connection
         listener.listen(8)
         return listener
+
+    def _kept(self, keeper: asyncio.Task[None]) -> None:
+        """Without its keeper nothing would expire: end with a traceback, so that the journal is replayed."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None and not self._exit.done():
+            self._exit.set_exception(error)
 
     def _terminate(self) -> None:
         self._table.drop("shutdown", Restart.SHUTDOWN)

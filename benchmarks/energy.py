@@ -11,15 +11,16 @@ import random
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-import pynvml as _pynvml
+from dataclasses import dataclass, field
 
 from powerd.api import EnergyFigure
 from powerd.clock import NS, RealClock, Waiter
+from powerd.config import HwConfig
 from powerd.energy import SensorErrors
-from powerd.model import EnergyMethod, Health, Reading, Snapshot
+from powerd.hw.energy import EnergyTracker
+from powerd.hw.nvml import NvmlDevice, NvmlNode, open_node
+from powerd.hw.sampler import Sampler
+from powerd.model import Snapshot
 from powerd.sim.layout import Item
 from powerd.sim.node import SimNode, create
 from powerd.sim.workload import BLOCKED, LOAD, Context
@@ -27,7 +28,6 @@ from powerd.windows import EnergyWindows
 
 KERNELS = ("gemm", "prefill", "decode", "mixed")
 _WARM_UP_NS = 3 * NS
-pynvml: Any = _pynvml  # it has no types
 
 
 class NodeClock(RealClock):
@@ -46,46 +46,51 @@ class NodeClock(RealClock):
         return self._node.now_ns()
 
     def waiter(self, name: str) -> Waiter:
-        raise NotImplementedError("the campaign moves time itself")
+        return _NoWaiter()
+
+
+class _NoWaiter:
+    """Nobody waits: the campaign calls the samplers itself."""
+
+    def wait_until(self, deadline_ns: int) -> int:
+        return deadline_ns
+
+    def wake(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
 
 
 class Poller:
-    """Reads every GPU of the node through NVML and makes snapshots, as powerd-hw does."""
+    """powerd-hw's own samplers on every GPU of the node, called by hand."""
 
-    def __init__(self, node: SimNode, *, counter: bool = True) -> None:
-        self._node = node
-        self._counter = counter  # False: as if these GPUs had none
-        count = pynvml.nvmlDeviceGetCount()
-        self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
-        self.uuids = [pynvml.nvmlDeviceGetUUID(h) for h in self._handles]
-        self._seen: list[tuple[int, int, int]] = [(-1, 0, 1)] * count  # counter, first seen, epoch
+    def __init__(self, node: SimNode, nvml: NvmlNode, *, counter: bool = True) -> None:
+        self._clock = NodeClock(node)
         self._seq = 0
+        self._samplers = [self._sampler(nvml, device, counter) for device in nvml.devices()]
+        self.uuids = [sampler.uuid for sampler in self._samplers]
+
+    def _sampler(self, nvml: NvmlNode, device: NvmlDevice, counter: bool) -> Sampler:
+        capabilities = device.capabilities()
+        with_counter = counter and capabilities.energy_counter  # False: as if this GPU had none
+        tracker = EnergyTracker(1, counter=with_counter, limit_mw=capabilities.power_limit_max_mw)
+
+        def ignore(*_: object, **__: object) -> None:
+            return None
+
+        return Sampler(
+            nvml, device, tracker, self._clock, HwConfig(), observe=ignore, lost=ignore, returned=ignore, driver_gone=ignore,
+            tell=ignore,
+        )  # fmt: skip
 
     def read(self) -> Snapshot:
         """One snapshot now."""
-        now = self._node.now_ns()
+        now = self._clock.now_ns()
         self._seq += 1
-        readings = []
-        for index, handle in enumerate(self._handles):
-            limit_mw = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
-            reading = Reading(
-                self.uuids[index], now, Health.UP, 1, power_mw=_power_mw(handle), power_limit_enforced_mw=limit_mw,
-                energy_method=EnergyMethod.COUNTER if self._counter else EnergyMethod.INTEGRATED,
-            )  # fmt: skip
-            if self._counter:
-                energy, first, epoch = self._seen[index]
-                value = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-                if value != energy:
-                    self._seen[index] = energy, first, epoch = value, now, epoch + (value < energy)
-                reading = replace(reading, epoch=epoch, energy_mj=energy, energy_time_ns=first)
-            readings.append(reading)
-        return Snapshot(self._seq, now, now, tuple(readings))
-
-
-def _power_mw(handle: object) -> int:
-    """The instantaneous power, as powerd-hw reads it; NVML's plain call is a one-second average on many GPUs."""
-    value = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])[0]
-    return int(value.value.uiVal)
+        for sampler in self._samplers:
+            sampler.sample(now)
+        return Snapshot(self._seq, now, now, tuple(sampler.reading for sampler in self._samplers))
 
 
 @contextmanager
@@ -93,11 +98,11 @@ def polled_node(model: str, gpus: int, seed: int, *, counter: bool = True) -> It
     """A stepped node of this process without injected latency, NVML opened on it, and who reads it."""
     with create(model, gpus, time="stepped", seed=seed, latency=0.0, first_open_s=0.0) as node:
         node.load()
-        pynvml.nvmlInit()
+        nvml = open_node()
         try:
-            yield node, Poller(node, counter=counter)
+            yield node, Poller(node, nvml, counter=counter)
         finally:
-            pynvml.nvmlShutdown()
+            nvml.close()
 
 
 class Load:

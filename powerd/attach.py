@@ -98,7 +98,7 @@ class _Connection:
     def _hello(self, hello: Hello) -> None:
         check_version(hello.api)
         engine = self.server.engine
-        lease = engine.leases.get(hello.lease) or engine.ended.get(hello.lease)
+        lease = engine.book.get(hello.lease)
         if lease is None or not token_matches(lease, hello.token):
             raise LeaseLostError("no such lease, or not its token", hint="acquire a new one")
         if self.who.foreign or not (self.who.uid == lease.uid or may_control(self.who, self.server.rules()).allowed):

@@ -7,18 +7,14 @@ view.
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from powerd.access import Facts, Origin, Principal, Rules, View, may_control, may_read_all, view_of
+from powerd.access import Facts, Origin, View, may_control, may_read_all, view_of
 from powerd.api import (
-    LEASE_TOKEN_HEADER,
     Ack,
     LeaseChange,
     LeaseRequest,
@@ -28,6 +24,7 @@ from powerd.api import (
     WindowView,
 )
 from powerd.attach import AttachServer
+from powerd.call import Call, Handler, Watch, moment, number
 from powerd.clock import NS, seconds
 from powerd.decode import decode, nearest
 from powerd.engine import Engine
@@ -41,71 +38,7 @@ from powerd.sse import MAX_CLIENTS, Hub
 from powerd.views import explain_view, lease_view
 from powerd.windows import EnergyWindows
 
-Handler = Callable[["Call"], Awaitable[web.StreamResponse]]
-_AGO = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _STALE_S = 5.0
-
-
-@dataclass(slots=True)
-class Call:
-    """One request with who makes it; ``pidfd`` gives a descriptor of the caller's process that the caller of it closes."""
-
-    request: web.Request
-    who: Principal
-    rules: Rules
-    headers: dict[str, str]
-    pidfd: Callable[[], int | None]
-
-    @property
-    def token(self) -> str | None:
-        """The lease token that came along."""
-        return self.request.headers.get(LEASE_TOKEN_HEADER)
-
-    def query(self, *known: str) -> dict[str, str]:
-        """The query parameters; an unknown one is an error."""
-        for name in self.request.query:
-            if name not in known:
-                hint = nearest(name, list(known)) if known else "this route takes none"
-                raise RequestError(f"unknown query parameter {name!r}", hint=hint)
-        return dict(self.request.query)
-
-    def answer(self, content: object, status: int = 200) -> web.Response:
-        """A JSON answer."""
-        return self.raw(msgspec.json.encode(content), status)
-
-    def raw(self, body: bytes, status: int = 200) -> web.Response:
-        """An answer that is encoded already."""
-        return web.Response(body=body, status=status, content_type="application/json", headers=self.headers)
-
-
-def _number(query: dict[str, str], name: str, default: float, low: float, high: float) -> float:
-    text = query.get(name)
-    if text is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise RequestError(f"{name}={text[:40]}: a number in {low:g}..{high:g} is needed", code="bad_value")
-    return value
-
-
-class _Watch:
-    """Hands the holder's pidfd to the attach server once the lease stands; closes it when it does not come to that."""
-
-    def __init__(self, attach: AttachServer, pidfd: int | None) -> None:
-        self._attach, self._pidfd = attach, pidfd
-
-    def __call__(self, lease: Lease) -> None:
-        if self._pidfd is not None:
-            pidfd, self._pidfd = self._pidfd, None
-            self._attach.watch_holder(lease, pidfd)
-
-    def close(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
 
 
 class Handlers:
@@ -129,7 +62,7 @@ class Handlers:
         for lease in self.engine.leases.values():
             for gpu in lease.gpus:
                 leased.setdefault(gpu, set()).add(lease.uid)
-        shown = self.engine.by_token(call.token) if call.token else None
+        shown = self.engine.book.by_token(call.token) if call.token else None
         return Facts(
             self.node.processes, self.node.users, {g: frozenset(u) for g, u in leased.items()},
             frozenset(shown.gpus) if shown is not None else frozenset(),
@@ -186,7 +119,7 @@ class Handlers:
             if event.uuid is not None:
                 return self._view(call, event.uuid) is View.FULL
             if event.kind.startswith("lease_"):
-                lease = self.engine.leases.get(event.subject or "") or self.engine.ended.get(event.subject or "")
+                lease = self.engine.book.get(event.subject or "")
                 return lease is not None and self._may_see(call, lease)
             return True
 
@@ -271,7 +204,7 @@ class Handlers:
         if len(self.hub) >= MAX_CLIENTS:
             raise RequestError(f"{MAX_CLIENTS} streams are open", hint="close some", code="too_many")
         highest = max(1.0, self.node.sample_hz)
-        hz = min(_number(query, "hz", 1.0, 0.001, 1000), highest)
+        hz = min(number(query, "hz", 1.0, 0.001, 1000), highest)
         if query.get("events") not in (None, "0", "1"):
             raise RequestError("events: 0 or 1", code="bad_value")
         after = call.request.headers.get("Last-Event-ID", "")
@@ -295,8 +228,8 @@ class Handlers:
 
     async def events(self, call: Call) -> web.Response:
         query = call.query("since", "limit")
-        since = int(_number(query, "since", 0, 0, 2**53))
-        limit = int(_number(query, "limit", 100, 1, 1000))
+        since = int(number(query, "since", 0, 0, 2**53))
+        limit = int(number(query, "limit", 100, 1, 1000))
         sees = self._sees_event(call)
         return call.answer([e for e in self.engine.events.since(since) if sees(e)][-limit:])
 
@@ -309,9 +242,9 @@ class Handlers:
         for uuid in gpus:
             self._known_gpu(uuid)
         now_s = self.engine.clock.wall_ns() / NS
-        since_s = _when(query.get("since", "15m"), now_s)
-        until_s = _when(query["until"], now_s) if "until" in query else now_s
-        points = int(_number(query, "points", 500, 1, 1e9))
+        since_s = moment(query.get("since", "15m"), now_s)
+        until_s = moment(query["until"], now_s) if "until" in query else now_s
+        points = int(number(query, "points", 500, 1, 1e9))
         columns = [c for c in query.get("columns", "").split(",") if c] or list(DEFAULT_COLUMNS)
         view = await asyncio.to_thread(self.store.history, gpus, since_s, until_s, points, columns)
         return call.answer(view)
@@ -339,7 +272,7 @@ class Handlers:
                 raise RequestError("over TCP only detached leases", hint='send "detached": true and heartbeats', code="bad_value")
             if (pidfd := call.pidfd()) is None:
                 raise DeniedError("the process that connected cannot be watched", hint="ask for a detached lease")
-        watch = _Watch(self.attach, pidfd)
+        watch = Watch(self.attach, pidfd)
         try:
             lease, token, outcomes = await self.engine.acquire(call.who, request, watch)
         finally:
@@ -347,7 +280,7 @@ class Handlers:
         return call.answer(lease_view(self.engine, lease, outcomes=outcomes, token=token, dry_run=request.dry_run))
 
     def _visible(self, call: Call) -> Lease:
-        lease = self.engine.find(call.request.match_info["id"])
+        lease = self.engine.book.find(call.request.match_info["id"])
         if not self._may_see(call, lease):
             raise RequestError(f"no lease {lease.id!r}", hint="powerctl lease list", code="not_found")
         return lease
@@ -424,13 +357,3 @@ class Handlers:
             "window_end": self.window_end, "history": self.history, "events": self.events, "panic": self.panic,
             "quiesce": self.quiesce, "resume": self.resume,
         }  # fmt: skip
-
-
-def _when(text: str, now_s: float) -> float:
-    """Unix seconds, or a span like 15m, 2h, 7d before now."""
-    if match := _AGO.fullmatch(text):
-        return now_s - float(match[1]) * _UNITS_S[match[2]]
-    try:
-        return float(text)
-    except ValueError:
-        raise RequestError(f"{text[:40]!r} is no time", hint="Unix seconds, or 90s, 15m, 2h, 7d ago", code="bad_value") from None

@@ -34,6 +34,15 @@ class HwListener(Protocol):
     def hw_table(self, table: frames.Table, content: Any) -> None: ...
 
 
+class Hw(Protocol):
+    """What the engine needs of the link to powerd-hw."""
+
+    @property
+    def connected(self) -> bool: ...
+    def send_desired(self, rows: Sequence[frames.Desired]) -> int: ...
+    def command(self, command: frames.Command, argument: int = 0) -> None: ...
+
+
 class HwLink:
     """The connection to powerd-hw; ``run`` keeps it up until it is cancelled."""
 

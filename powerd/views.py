@@ -28,8 +28,8 @@ def lease_view(
         gpus=lease.gpus, wants=lease.wants, reason=lease.reason, job=lease.job, detached=lease.detached,
         ttl_s=seconds(lease.ttl_ns), expires_in_s=max(0.0, seconds(lease.expires_ns - until_ns)) if lease.live else 0.0,
         age_s=seconds(until_ns - lease.created_ns),
-        outcomes=engine.outcomes_of(lease) if outcomes is None else outcomes,
-        refused=engine.refusals(lease.id), end=lease.end, token=token, dry_run=dry_run,
+        outcomes=engine.setpoints.answers(lease) if outcomes is None else outcomes,
+        refused=engine.setpoints.refusals(lease.id), end=lease.end, token=token, dry_run=dry_run,
     )  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def explain_view(engine: Engine, uuid: str, reading: Reading | None, leases: Ite
                 unavailable_reason="not supported by this GPU" if support is None else support.reason,
                 baseline=baseline_interval(config.baseline, capabilities, control), device=device,
                 site=site.meet(device) or site if site is not None and device is not None else site,
-                setpoint=engine.setpoints.get(key), outcome=engine.outcomes.get(key),
-                last_change_by=engine.last_change_by.get(key),
+                setpoint=engine.setpoints.current.get(key), outcome=engine.setpoints.outcomes.get(key),
+                last_change_by=engine.setpoints.last_change_by.get(key),
             )
         )  # fmt: skip
     bits = reading.clock_event_reasons if reading is not None else None

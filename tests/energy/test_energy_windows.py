@@ -277,3 +277,15 @@ def test_ids_are_not_used_twice():
     bench.tick(3)
     ids = [bench.windows.begin([GPU]).id for _ in range(50)]
     assert len(set(ids)) == 50
+
+
+def test_a_gpu_lost_before_the_first_sample_of_the_window_has_no_figure_even_when_it_is_back_at_once():
+    bench = Bench()
+    bench.tick(20)
+    view = bench.windows.begin([GPU])
+    bench.tick(2, health=Health.LOST, energy_mj=None, energy_time_ns=None, power_mw=None)
+    bench.tick(epoch=2, energy_mj=0)
+    bench.tick(50)
+    figure = bench.end(view.id).figures[0]
+    assert figure.energy_j is None
+    assert "lost" in figure.note

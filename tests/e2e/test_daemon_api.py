@@ -16,10 +16,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from daemon_rig import Rig, limit, pin, rig
 
 from powerd.api import ROUTES
 from powerd.errors import CODES
+from tests.e2e.daemon_rig import Rig, limit, pin, rig
 
 NOBODY = 65534
 
@@ -142,7 +142,7 @@ def lines(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
 
 
 def stream(node: Rig, query: str = "", **headers: str) -> tuple[Any, Iterator[dict[str, str]]]:
-    from daemon_rig import _UnixConnection
+    from tests.e2e.daemon_rig import _UnixConnection
 
     connection = _UnixConnection(node.socket)
     connection.request("GET", f"/v1/stream{query}", headers={n.replace("_", "-"): v for n, v in headers.items()})

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemon_rig import Rig, pin, rig
+
+from tests.e2e.daemon_rig import Rig, pin, rig
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_without_hw_it_serves_says_why_and_comes_up_when_hw_does(own: Rig) -> No
     assert own.request("GET", "/v1/snapshot")[0] == 503
     assert own.request("GET", "/healthz")[0] == 503
     assert own.acquire(pin(1200))[1]["error"]["code"] == "unavailable"
-    from fake_hw import FakeHw
+    from tests.e2e.fake_hw import FakeHw
 
     own.hw = FakeHw(path)
     own.until(lambda: own.request("GET", "/healthz")[0] == 200, "did not connect")

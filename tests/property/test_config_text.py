@@ -25,7 +25,7 @@ def valid(draw: st.DrawFn) -> tuple[str, str, Any]:
     if isinstance(default, bool):
         return section, key, draw(st.booleans())
     if isinstance(default, str):
-        return section, key, draw(st.text(st.sampled_from('aZ9 _/.\\"\n\t#=[]äλ€'), max_size=20))
+        return section, key, draw(st.text(st.sampled_from('aZ9 _/.\\"\n\t#=[]äλ€😀\x7f'), max_size=20))
     number = st.integers if isinstance(default, int) else st.floats
     return section, key, draw(number(bounds["low"], bounds["high"]))
 

@@ -1,6 +1,6 @@
 """Who may do what: pure decisions from a principal and facts, made anew for every request.
 
-House rules: a decision is an object with its reason, never a reply; identity comes from the kernel (peer credentials and pidfd) or a
+House rules: a decision is an object with its reason, never a reply; identity comes from the kernel (peer credentials, pidfd) or a
 bearer token, never from what the client says; what is not permitted here is denied.
 """
 

@@ -110,13 +110,15 @@ class Track:
             return
         self.lost = False
         previous_ns, self._time_ns = self._time_ns, reading.time_ns
-        if reading.power_mw is not None:
-            self._powers.append((reading.time_ns, reading.power_mw))
+        power_mw = reading.power_mw if reading.power_mw is not None else reading.power_average_mw
+        if power_mw is not None:
+            self._powers.append((reading.time_ns, power_mw))
         if reading.power_limit_enforced_mw is not None:
             self._limit_mw = reading.power_limit_enforced_mw
+        if reading.energy_method is EnergyMethod.INTEGRATED:  # here rather than in the sampler's sum, to know the doubt of it
+            self._integrate(reading, power_mw)
+            return
         if reading.energy_mj is None or reading.energy_time_ns is None:
-            if not self.has_counter:
-                self._integrate(reading)
             return
         self.has_counter = True
         self._count(reading, reading.energy_mj, reading.energy_time_ns, previous_ns)
@@ -196,9 +198,9 @@ class Track:
             )
         )  # fmt: skip
 
-    def _integrate(self, reading: Reading) -> None:
+    def _integrate(self, reading: Reading, power_mw: int | None) -> None:
         """No counter on this GPU: sum up power readings."""
-        if reading.power_mw is None:
+        if power_mw is None:
             return
         age_ns = self.errors.refresh_ns
         at_ns = reading.time_ns - age_ns // 2
@@ -237,7 +239,7 @@ class Track:
         slopes = [(b.energy_mj - a.energy_mj) / max(1, b.at_ns - a.at_ns) for a, b in pairwise(near)]  # mJ/ns
         highest, lowest = max(slopes), min(slopes)
         age_ns = before.age_ns + (after.age_ns - before.age_ns) * share
-        shift = highest * age_ns  # uniform over this range
+        shift = sum(slopes) / len(slopes) * age_ns  # uniform over this range; what a switch nearby adds is in the shape
         shape = (highest - lowest) * span_ns / 2  # a switch of power somewhere inside, at most half of this off either way
         point = _between(before, after, at_ns, share)
         return Edge(at_ns, point, math.sqrt((shift**2 + shape**2) / 12), self.breaks, final=True, extrapolated=False)
@@ -289,7 +291,7 @@ def unknown(uuid: str, note: str) -> EnergyFigure:
     return EnergyFigure(uuid, None, None, None, None, "none", (), note)
 
 
-def figure(uuid: str, track: Track, begin: Edge | None, end: Edge | None, method: EnergyMethod) -> EnergyFigure:
+def figure(uuid: str, track: Track, begin: Edge | None, end: Edge | None) -> EnergyFigure:
     """The energy between two edges of one track in joules, with its 95 % interval."""
     if begin is None or end is None or begin.breaks != end.breaks or track.lost:
         since = begin.at_ns if begin else 0
@@ -299,13 +301,11 @@ def figure(uuid: str, track: Track, begin: Edge | None, end: Edge | None, method
     low_point, point = begin.point, end.point
     energy = max(0.0, point.energy_mj - low_point.energy_mj)
     integrated = min(energy, max(0.0, point.integrated_mj - low_point.integrated_mj))
-    if method is EnergyMethod.INTEGRATED:
-        integrated = energy
     sigma = math.sqrt(begin.sigma_mj**2 + end.sigma_mj**2 + max(0.0, point.variance - low_point.variance))
     half = math.hypot(_Z95 * sigma, errors.counter_gain * (energy - integrated), errors.power_gain * integrated)
     low = max(0.0, energy - half - (point.slack_low_mj - low_point.slack_low_mj))
     high = energy + half + (point.slack_high_mj - low_point.slack_high_mj)
-    if method is EnergyMethod.INTEGRATED or not track.has_counter:
+    if not track.has_counter:
         name = "integrated"
     else:
         helped = begin.extrapolated or end.extrapolated or integrated > 0 or point.bridges != low_point.bridges

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from powerd.clock import Clock
 from powerd.log import log
-from powerd.model import Event
+from powerd.model import Event, Outcome
 
 _KEPT = 1000
 
@@ -46,6 +46,14 @@ class EventLog:
         for listener in self.listeners:
             listener(event)
         return event
+
+    def add_outcome(self, outcome: Outcome) -> Event:
+        """Record what became of a setpoint, or that a control is back at baseline."""
+        data: dict[str, str | int | float | bool | None] = {"verdict": outcome.verdict.value}
+        if outcome.requested is not None:
+            data |= {"low": outcome.requested.low, "high": outcome.requested.high}
+        kind = "setpoint" if outcome.requested is not None else "baseline"
+        return self.add(kind, uuid=outcome.uuid, subject=outcome.control.value, detail=outcome.detail, data=data)
 
     def since(self, seq: int, limit: int = _KEPT) -> list[Event]:
         """Events with a higher number than ``seq``: the newest ``limit`` of them, oldest first."""

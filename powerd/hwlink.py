@@ -1,7 +1,7 @@
 """powerd's end of the socket to powerd-hw: connect, agree on a version, hand frames over, connect again.
 
-House rules: nothing that arrives is trusted before it is decoded; the desired table is sent whole and only the newest one waits; on a
-stepped clock every frame is counted while it travels.
+House rules: nothing that arrives is trusted before it is decoded; the desired table is sent whole and only the newest one waits;
+on a stepped clock every frame is counted while it travels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ class HwListener(Protocol):
     def hw_snapshot(self, seq: int, time_ns: int, readings: tuple[Reading, ...]) -> None: ...
     def hw_outcomes(self, outcomes: tuple[Outcome, ...]) -> None: ...
     def hw_table(self, table: frames.Table, content: Any) -> None: ...
+
+
+class Hw(Protocol):
+    """What the engine needs of the link to powerd-hw."""
+
+    @property
+    def connected(self) -> bool: ...
+    def send_desired(self, rows: Sequence[frames.Desired]) -> int: ...
+    def command(self, command: frames.Command, argument: int = 0) -> None: ...
 
 
 class HwLink:
@@ -186,13 +195,14 @@ class HwLink:
             self._listener.hw_snapshot(head.seq, head.time_ns, frames.decode_snapshot(frame))
         elif head.kind is frames.Kind.OUTCOME:
             self._listener.hw_outcomes(frames.decode_outcomes(frame))
-        elif head.kind in (frames.Kind.HELLO, frames.Kind.TABLE, frames.Kind.EVENT):
-            if (whole := self._reader.feed(frame)) is not None:
-                table, content = whole
-                if table is frames.Table.HELLO:
-                    self._greet(content)
-                else:
-                    self._listener.hw_table(table, content)
+        elif head.kind not in (frames.Kind.HELLO, frames.Kind.TABLE, frames.Kind.EVENT):
+            return  # a newer hw may say more
+        elif (whole := self._reader.feed(frame)) is not None:
+            table, content = whole
+            if table is frames.Table.HELLO:
+                self._greet(content)
+            else:
+                self._listener.hw_table(table, content)
 
     def _greet(self, hello: Any) -> None:
         if not isinstance(hello, dict):

@@ -1,7 +1,7 @@
 """The leases on disk, so that a powerd that was killed finds them again.
 
-House rules: replaced as a whole (temporary file, rename), mode 0600, never through a link; the file belongs to one boot; a file that
-does not parse is put aside, never repaired.
+House rules: replaced as a whole (temporary file, rename), mode 0600, never through a link; the file belongs to one boot; a file
+that does not parse is put aside, never repaired.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def alive(pidfd: int) -> bool:
 class Node:
     """The facts of this node as hw last told them."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, sample_hz: float) -> None:
         self._clock = clock
         self.capabilities: Mapping[str, Capabilities] = {}
         self.processes: Mapping[str, frozenset[int]] = {}
@@ -70,7 +70,7 @@ class Node:
         self.hw_problem = ""
         self.generation: int | None = None
         self.driver_version: str | None = None
-        self.sample_hz = 0.0
+        self.sample_hz = sample_hz
         self.simulated = False
         self.snapshot: Snapshot | None = None
         self.slow_snapshot: Snapshot | None = None
@@ -79,14 +79,19 @@ class Node:
 
     def hw_connected(self, hello: Mapping[str, Any]) -> None:
         self.connected, self.hw_problem = True, ""
-        generation, driver = hello.get("generation"), hello.get("driver")
-        self.generation = generation if isinstance(generation, int) else None
-        self.driver_version = driver if isinstance(driver, str) and driver else None
-        self.sample_hz = float(hello.get("sample_hz") or 0.0)
-        self.simulated = bool(hello.get("simulated"))
+        self._generation(hello)
+        driver = hello.get("driver")
+        self.driver_version = driver if isinstance(driver, str) and driver else self.driver_version
+        self.sample_hz = float(hello.get("sample_hz") or self.sample_hz)
+        self.simulated = bool(hello.get("simulated", self.simulated))
+
+    def _generation(self, content: Mapping[str, Any]) -> None:
+        generation = content.get("generation")
+        self.generation = generation if isinstance(generation, int) else self.generation
 
     def hw_disconnected(self, why: str) -> None:
         self.connected, self.hw_problem = False, why
+        self.status = {}
         self.processes, self.users = {}, {}  # proof of ownership does not outlive its witness
 
     def capabilities_table(self, rows: list[Mapping[str, Any]]) -> set[str]:
@@ -107,8 +112,14 @@ class Node:
         self.processes = processes
         self.users = {uuid: frozenset(uid for pid in pids if (uid := uids[pid]) is not None) for uuid, pids in processes.items()}
 
+    @property
+    def hold(self) -> str:
+        """Why hw refuses wants (panic, quiesced, safe_mode, shutdown); empty when it does not."""
+        return str(self.status.get("hold") or "")
+
     def status_table(self, content: Mapping[str, Any]) -> None:
         self.status = dict(content)
+        self._generation(content)
 
     def health_change(self, reading: Reading) -> Health | None:
         """The new health of a GPU if it differs from the last one; a GPU is taken for up at first."""

@@ -8,25 +8,9 @@ from __future__ import annotations
 import os
 import socket
 
+from powerd.hw.systemd import notify, watchdog_ns
 
-def notify(*lines: str) -> None:
-    """Send state lines such as ``READY=1`` to the service manager."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        try:
-            sender.sendto("\n".join(lines).encode(), "\0" + path[1:] if path.startswith("@") else path)
-        except OSError:
-            pass  # the manager's loss; it will notice by the watchdog
-
-
-def watchdog_s() -> float | None:
-    """How often the service manager wants to hear ``WATCHDOG=1`` (half of its limit), or ``None``."""
-    pid, limit_us = os.environ.get("WATCHDOG_PID"), os.environ.get("WATCHDOG_USEC")
-    if not limit_us or not limit_us.isdigit() or (pid and pid != str(os.getpid())):
-        return None
-    return int(limit_us) / 2e6
+__all__ = ["listen_sockets", "notify", "watchdog_ns"]
 
 
 def listen_sockets() -> dict[str, socket.socket]:

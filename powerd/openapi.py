@@ -63,7 +63,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "powerd",
             "version": f"{API_VERSION[0]}.{API_VERSION[1]}",
-            "description": f"powerd {__version__}. Header `{API_HEADER}` states the API version of either side.\n\nError codes:\n{codes}",
+            "description": f"powerd {__version__}. Header `{API_HEADER}` states either side's version.\n\nError codes:\n{codes}",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,

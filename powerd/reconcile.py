@@ -156,7 +156,7 @@ def _settle(
         if want.want_class < WantClass.LEASE:
             hard, hard_wanted = met, hard_wanted or want.want_class is not WantClass.SITE_LIMIT
     refused = tuple(refusals)
-    if winner is None or blocked:
+    if winner is None:
         held = Held(None, frozenset(), before.last_down_ns)
         return Setpoint(uuid, control, None, considered=considered, refused=refused, reason="baseline"), held
 

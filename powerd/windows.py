@@ -7,7 +7,7 @@ the number of open windows is bounded, and a GPU that is gone is told, never gue
 from __future__ import annotations
 
 import asyncio
-import itertools
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from powerd.api import EnergyFigure, WindowView
 from powerd.clock import NS, Clock
 from powerd.energy import Edge, SensorErrors, Track, figure
 from powerd.errors import RequestError
-from powerd.model import EnergyMethod, Snapshot
+from powerd.model import Snapshot
 
 MAX_OPEN = 1024
 _PATIENCE_NS = 2 * NS  # an edge is settled by then with what there is (a wedged GPU, a counter that stands still)
@@ -41,10 +41,8 @@ class EnergyWindows:
         self._errors = errors or SensorErrors()
         self._max_open = max_open
         self._tracks: dict[str, Track] = {}
-        self._methods: dict[str, EnergyMethod] = {}
         self._open: dict[str, _Window] = {}
         self._unsettled: list[_Window] = []
-        self._numbers = itertools.count(1)
         self._news: asyncio.Event | None = None
 
     def __len__(self) -> int:
@@ -53,12 +51,11 @@ class EnergyWindows:
 
     def observe(self, snapshot: Snapshot) -> None:
         """Feed one snapshot; call it at every tick, whether windows are open or not."""
-        tracks, methods = self._tracks, self._methods
+        tracks = self._tracks
         for reading in snapshot.readings:
             track = tracks.get(reading.uuid)
             if track is None:
                 track = tracks[reading.uuid] = Track(self._errors)
-            methods[reading.uuid] = reading.energy_method
             track.add(reading)
         if self._unsettled:
             self._unsettled = [w for w in self._unsettled if not self._settle(w, snapshot.time_ns)]
@@ -95,7 +92,8 @@ class EnergyWindows:
         if len(self._open) >= self._max_open:
             raise RequestError(f"{self._max_open} energy windows are open", code="too_many", hint="end or drop some")
         breaks = {uuid: self._tracks[uuid].breaks for uuid in unique}
-        window = _Window(f"w{next(self._numbers)}", name, job, unique, now, breaks)
+        # Random, so that an id from before a restart never names somebody else's window.
+        window = _Window(f"w-{secrets.token_hex(8)}", name, job, unique, now, breaks)
         window.edges.update({uuid: None for uuid in unique if self._tracks[uuid].lost})
         self._open[window.id] = window
         self._unsettled.append(window)
@@ -108,8 +106,7 @@ class EnergyWindows:
         if wait:
             await self._closing_samples(window, now)
         figures = tuple(
-            figure(uuid, self._tracks[uuid], self._begin_edge(window, uuid), self._tracks[uuid].edge(now), self._methods[uuid])
-            for uuid in window.gpus
+            figure(uuid, self._tracks[uuid], self._begin_edge(window, uuid), self._tracks[uuid].edge(now)) for uuid in window.gpus
         )
         return self._view(window, now, figures)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from powerd.cli import lease, run, status
+from powerd.cli import doctor, history, lease, node, run, status, sweep
 from powerd.cli.context import Options, note
 from powerd.errors import EXIT_FAILURE, EXIT_USAGE, PowerdError
 
@@ -54,6 +54,13 @@ def build() -> typer.Typer:
     app.command("run", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(run.run)
     app.command("energy", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(run.energy)
     app.command("explain", no_args_is_help=True)(status.explain)
+    app.command("history")(history.history)
+    app.command("events")(history.events)
+    app.command("sweep", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(sweep.sweep)
+    app.command("panic")(node.panic)
+    app.command("quiesce")(node.quiesce)
+    app.command("resume")(node.resume)
+    app.command("doctor")(doctor.doctor)
     try:
         service = importlib.import_module("powerd.cli.service")
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from powerd.api import API_VERSION, ATTACH_MAX_BYTES, LeaseRequest, LeaseView, RefusalView, WantSpec
+from powerd.api import API_VERSION, LeaseRequest, LeaseView, RefusalView, WantSpec
 from powerd.client.codec import CodecError, decode, neutral
 from powerd.client.transport import check_server, error_of
 from powerd.errors import LeaseLostError, PowerdError, RequestError, UnavailableError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Bounds = float | tuple[float | None, float | None] | None
 REATTACH_S = 60.0  # how long a holder tries to come back after a daemon restart
 _NS = 1_000_000_000
+_MESSAGE_BYTES = 1 << 18  # a lease on many GPUs tells of many outcomes
 
 
 def want_specs(sm_clock_mhz: Bounds, power_limit_w: Bounds, memory_clock_mhz: Bounds) -> tuple[WantSpec, ...]:
@@ -236,7 +237,7 @@ class Lease:
             check_server(sock, transport.server_uids)
             hello = {"api": ".".join(map(str, API_VERSION)), "lease": self.id, "token": self._token}
             sock.sendall(json.dumps(hello).encode())
-            self._take(sock.recv(ATTACH_MAX_BYTES))
+            self._take(sock.recv(_MESSAGE_BYTES))
             sock.settimeout(None)
         except PowerdError:
             sock.close()
@@ -267,7 +268,7 @@ class Lease:
             if sock is None:
                 return
             try:
-                self._take(sock.recv(ATTACH_MAX_BYTES))
+                self._take(sock.recv(_MESSAGE_BYTES))
             except (PowerdError, OSError) as error:
                 if self._stop.is_set() or not self._held:
                     return

@@ -204,7 +204,13 @@ class Actuator:
         pair.touched = True
         self._journal.intend(self.uuid, pair.control, baseline, value)
         killpoint("hw.intent.written")
-        called_ns, returned_ns = self._told(pair, value, "hw.call.before", "hw.call.returned")
+        try:
+            called_ns, returned_ns = self._told(pair, value, "hw.call.before", "hw.call.returned")
+        except DeviceError as error:
+            if entry is None and error.code.name in _HOPELESS:  # refused at the door: nothing was changed, nothing to restore
+                self._journal.restored(self.uuid, pair.control)
+                pair.touched = False
+            raise
         with self._lock:
             if pair.held is None or value.high < pair.held.high:
                 pair.stepped_down_ns = returned_ns
@@ -426,8 +432,10 @@ class Actuator:
         self.changed()
 
     def unsettled(self) -> list[Control]:
-        """The controls that should be at baseline and are not known to be."""
+        """The controls that should be at baseline and are not known to be; none of a GPU that is gone (its journal stays)."""
         with self._lock:
+            if self._away:
+                return []
             return [c for c, p in self._pairs.items() if p.touched and p.wish is None]
 
 

@@ -24,6 +24,7 @@ class DesiredTable:
         self.seq = 0
         self.received_ns = 0
         self.hold: str | None = None  # why wants are refused: "panic", "quiesced", "safe_mode", "shutdown"
+        self.adopting = False  # after a hand-over nobody has said yet what the settings in the journal are for
         self._grace_ns = grace_ns
         self._rows: dict[tuple[str, Control], Desired] = {}
         self._ended: dict[tuple[str, Control], Restart] = {}
@@ -35,6 +36,7 @@ class DesiredTable:
         new = {(r.uuid, r.control): r for r in rows}
         self._ended = {key: Restart.LEASE_END for key in self._rows if key not in new}
         self._rows, self.seq, self.received_ns, self._grace_until_ns = new, seq, now_ns, None
+        self.adopting = False
         self.expire(now_ns)
 
     def peer_gone(self, now_ns: int) -> None:
@@ -44,7 +46,7 @@ class DesiredTable:
 
     def begin_grace(self, until_ns: int) -> None:
         """After a hand-over: what the journal holds is left alone until powerd has spoken or this moment has come."""
-        self._grace_until_ns = until_ns
+        self._grace_until_ns, self.adopting = until_ns, True
 
     @property
     def in_grace(self) -> bool:
@@ -56,7 +58,7 @@ class DesiredTable:
         ended: dict[tuple[str, Control], Restart] = {}
         graceless = self._grace_until_ns is not None and now_ns >= self._grace_until_ns
         if graceless:
-            self._grace_until_ns = None
+            self._grace_until_ns, self.adopting = None, False
             ended = dict.fromkeys(self._rows, Restart.GRACE_ENDED)
         for key, row in self._rows.items():
             if row.value is not None and row.expiry_ns <= now_ns:
@@ -75,7 +77,7 @@ class DesiredTable:
 
     def drop(self, hold: str, cause: Restart) -> None:
         """Everything to baseline, and no wants until ``release``."""
-        self.hold = hold
+        self.hold, self.adopting = hold, False
         self._ended.update(dict.fromkeys(self._rows, cause))
         self._rows.clear()
 

@@ -281,7 +281,7 @@ class NvmlNode:
     def _open(self, index: int) -> NvmlDevice:
         return NvmlDevice(self._nvml, index, self._driver_version, self._simulated)
 
-    def _count(self) -> int:
+    def count(self) -> int:
         try:
             return int(self._nvml.nvmlDeviceGetCount())
         except self._nvml.NVMLError as error:
@@ -289,7 +289,7 @@ class NvmlNode:
 
     def devices(self) -> list[NvmlDevice]:
         found = []
-        for index in range(self._count()):
+        for index in range(self.count()):
             try:
                 found.append(self._open(index))
             except DeviceError as error:
@@ -298,7 +298,7 @@ class NvmlNode:
         return found
 
     def find(self, uuid: str) -> NvmlDevice:
-        for index in range(self._count()):
+        for index in range(self.count()):
             try:
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 if self._nvml.nvmlDeviceGetUUID(handle) == uuid:

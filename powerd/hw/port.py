@@ -138,6 +138,9 @@ class Node(Protocol):
     def driver_load_id(self) -> bytes:
         """16 bytes that change when the driver is loaded anew; settings do not outlive that."""
 
+    def count(self) -> int:
+        """How many GPUs there are, whether they answer or not."""
+
     def devices(self) -> Sequence[Device]:
         """Every GPU that answers."""
 

@@ -115,7 +115,7 @@ def hand_over(config: Config, clock: Clock, config_file: Path | None) -> int:
     command = [sys.executable, "-I", "-m", "powerd.hw", "restore", "--after-hand-over"]
     subprocess.Popen(
         command + (["--config", str(config_file.absolute())] if config_file else []),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/",
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
     )  # fmt: skip
     print("powerd-hw: settings stay for 10 s: stop the old powerd-hw and start the new one now")
     return EXIT_OK

@@ -1,15 +1,15 @@
-"""One thread per GPU that reads it on time; a GPU that hangs or is lost stops its own thread and nobody else.
+"""Reads every GPU on time: all of them in one round as long as they answer, a thread of its own for one that does not.
 
 House rules: one writer of each reading, readers take the swapped reference; three driver calls a tick and the rest once a second;
-a value that was not read is ``None``.
+a value that was not read is ``None``; waking a thread costs more than reading a GPU, so threads are only made when one hangs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from powerd.clock import NS, Clock
+from powerd.clock import NS, Clock, Waiter
 from powerd.config import HwConfig
 from powerd.errors import DeviceError
 from powerd.hw import port
@@ -19,6 +19,7 @@ from powerd.hw.tables import GpuProcess
 from powerd.model import Health, Reading
 
 _SLOW_NS = NS
+_HELD_UP_NS = NS // 10  # reads take tens of milliseconds at worst
 _LOOK_NS = NS  # how often a lost GPU is looked for
 
 
@@ -47,46 +48,19 @@ class Sampler:
         self._observe, self._on_lost, self._on_returned = observe, lost, returned
         self._driver_gone, self._tell = driver_gone, tell
         self._slow, self._slow_ns, self._processes_ns = Slow(), 0, 0
-        self._busy_ns = 0
+        self.busy_ns = 0  # since when a driver call is under way
         self._health = Health.UP
-        self._waiter = clock.waiter(f"read {self.uuid}")
-        self._stopped = False
         self.reading = self._blank(clock.now_ns(), Health.UP)
 
     def _blank(self, now_ns: int, health: Health) -> Reading:
         return Reading(self.uuid, now_ns, health, self.tracker.epoch, energy_method=self.tracker.method)
 
-    def start(self, first_ns: int) -> None:
-        """Begin to read at this moment and then every 1 / sample_hz."""
-        threading.Thread(target=self._run, args=(first_ns,), name=f"read-{self.uuid[-6:]}", daemon=True).start()
-
-    def refresh(self) -> None:
-        """Read once more now."""
-        self._waiter.wake()
-
-    def stop(self) -> None:
-        """Leave; the clock no longer waits for this thread."""
-        self._stopped = True
-        self._waiter.wake()
-
-    def _run(self, due_ns: int) -> None:
-        period_ns = round(NS / self._config.sample_hz)
-        wait_until = self._waiter.wait_until
-        while not self._stopped:
-            now_ns = wait_until(due_ns)
-            if now_ns >= due_ns:
-                due_ns += period_ns
-                if now_ns >= due_ns:  # we were late: skip what was missed, keep the phase
-                    due_ns += (now_ns - due_ns) // period_ns * period_ns + period_ns
-            if not self._stopped:
-                self.sample(now_ns)
-        self._waiter.close()
-
-    def sample(self, now_ns: int) -> None:
+    def sample(self) -> None:
         """Read the GPU once and publish what it said."""
+        now_ns = self._clock.now_ns()
         if self._health is Health.LOST and now_ns - self.reading.time_ns < _LOOK_NS:
             return
-        self._busy_ns = now_ns
+        self.busy_ns = now_ns
         try:
             if self._health is Health.LOST:
                 self._come_back()
@@ -94,7 +68,7 @@ class Sampler:
         except DeviceError as error:
             self._trouble(now_ns, error)
         finally:
-            self._busy_ns = 0
+            self.busy_ns = 0
         if self.wedged:
             self.wedged = False
             self._tell("gpu_answers", self.uuid, None, "the driver answers again")
@@ -146,7 +120,7 @@ class Sampler:
 
     def overdue(self, now_ns: int) -> bool:
         """Whether a read has passed its deadline; the GPU is then WEDGED until the driver returns."""
-        busy_ns = self._busy_ns
+        busy_ns = self.busy_ns
         late = bool(busy_ns) and now_ns - busy_ns > self._config.read_deadline_s * NS
         if late and not self.wedged:
             self.wedged = True
@@ -154,3 +128,75 @@ class Sampler:
             self.reading = self._blank(self.reading.time_ns, Health.WEDGED)
             self._tell("gpu_wedged", self.uuid, None, f"no answer from the driver within {self._config.read_deadline_s:g} s")
         return late
+
+
+class _Round:
+    """One thread and the GPUs that it reads one after another."""
+
+    def __init__(self, members: tuple[Sampler, ...], waiter: Waiter) -> None:
+        self.members = members
+        self.current: Sampler | None = None
+        self.lock = threading.Lock()
+        self.waiter = waiter
+
+    def read(self) -> None:
+        """Read every member once; one that was moved away meanwhile is left to its new round."""
+        for sampler in self.members:
+            with self.lock:
+                if sampler not in self.members:
+                    continue
+                self.current = sampler
+            sampler.sample()
+        self.current = None
+
+
+class Rounds:
+    """All samplers of the node; ``done`` is called after each round of reads."""
+
+    def __init__(self, samplers: Sequence[Sampler], clock: Clock, hz: float, done: Callable[[], None]) -> None:
+        self._clock, self._done = clock, done
+        self._period_ns = round(NS / hz)
+        self._stopped = False
+        self._rounds = [_Round(tuple(samplers), clock.waiter("read"))]
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._begin(self._rounds[0])
+
+    def _begin(self, one: _Round) -> None:
+        threading.Thread(target=self._run, args=(one,), name="read", daemon=True).start()
+
+    def refresh(self) -> None:
+        """Read once more now."""
+        for one in self._rounds:
+            one.waiter.wake()
+
+    def stop(self) -> None:
+        """End the threads as soon as their calls return."""
+        self._stopped = True
+        self.refresh()
+
+    def _run(self, one: _Round) -> None:
+        due_ns, period_ns = self._clock.now_ns(), self._period_ns
+        while not self._stopped:
+            one.read()
+            self._done()
+            now_ns = self._clock.now_ns()
+            if now_ns >= due_ns:  # late rounds are skipped, the phase stays
+                due_ns += (now_ns - due_ns) // period_ns * period_ns + period_ns
+            one.waiter.wait_until(due_ns)
+        one.waiter.close()
+
+    def watch(self, now_ns: int) -> None:
+        """A GPU that holds its round up keeps the thread; the others get a new one."""
+        for one in tuple(self._rounds):
+            with one.lock:
+                stuck = one.current
+                held = stuck is not None and stuck.busy_ns and now_ns - stuck.busy_ns > max(self._period_ns, _HELD_UP_NS)
+                if stuck is None or not held or len(one.members) == 1:
+                    continue
+                others = tuple(s for s in one.members if s is not stuck)
+                one.members = (stuck,)
+            fresh = _Round(others, self._clock.waiter("read"))
+            self._rounds.append(fresh)
+            self._begin(fresh)

@@ -114,7 +114,7 @@ class Supervisor:
         self._capabilities: object = None
         self._processes: object = None
         self._events = 0
-        self._heard_ns = 0
+        self._heard_ns = self._started_ns = 0
         self._fed_ns = 0
         self._resume_ns: int | None = None
         self._exit: asyncio.Future[int]
@@ -211,7 +211,7 @@ class Supervisor:
         theirs.close()
         self._link, self._ready, self._asked, self._error = ours, False, False, ""
         self._worker_tables = frames.TableReader()
-        self._heard_ns = self._clock.now_ns()
+        self._heard_ns = self._started_ns = self._clock.now_ns()
         hello = greeting(self._config, self._directory, self._generation)
         for frame in frames.encode_table(Kind.HELLO, 0, self._heard_ns, Table.HELLO, hello):
             self._to_worker(frame)
@@ -272,7 +272,7 @@ class Supervisor:
         """The worker has opened its GPUs: give it the table, unless a hand-over says to wait for powerd's."""
         self._ready = self._was_ready = True
         self._progress()
-        if not self._table.in_grace or self._had_peer:
+        if not self._table.adopting:
             self._send_desired()
         notify("READY=1", f"STATUS=generation {self._generation} serves")
         self._status()
@@ -333,7 +333,7 @@ class Supervisor:
         if not self._error and self._table.worker_died(now_ns):
             self._table.drop("safe_mode", Restart.JOURNAL_REPLAY)
             self._tell("safe_mode", "three crashes within a minute: everything at baseline, read-only until powerctl resume")
-        self._failures = 0 if now_ns - self._heard_ns > _START_LIMIT_S * NS else self._failures + 1
+        self._failures = 0 if now_ns - self._started_ns > _START_LIMIT_S * NS else self._failures + 1
         delay_s = _RESTART_S[min(self._failures - 1, len(_RESTART_S) - 1)] if self._failures else 0.0
         asyncio.get_running_loop().call_later(delay_s, self._restart)
 

@@ -24,8 +24,8 @@ from powerd.hw.fence import Fence, StaleGenerationError
 from powerd.hw.frames import Command, Kind, Table
 from powerd.hw.journal import Journal
 from powerd.hw.port import Device, Node
-from powerd.hw.sampler import Sampler
-from powerd.hw.tables import capabilities_row, event_row, processes_row
+from powerd.hw.sampler import Rounds, Sampler
+from powerd.hw.tables import GpuProcess, capabilities_row, event_row, processes_row
 from powerd.killpoint import killpoint
 from powerd.model import Capabilities, Control, Event, Health, Interval, Outcome, Restart
 
@@ -33,6 +33,8 @@ CAUSES: tuple[Restart, ...] = tuple(Restart)
 LEAVE_SETTINGS = 1 << 8  # argument of QUIESCE: an upgrade is under way, keep what is set
 _RESTORE_LIMIT_NS = 15 * NS
 _EPOCH_NOTE_NS = 60 * NS
+_LOOK_NS = 5 * NS
+_WATCH_NS = NS // 5  # how often deadlines are looked at
 
 
 class Line:
@@ -71,34 +73,26 @@ class Line:
 
 
 class Gpu:
-    """One GPU's sampler and actuator with its setter thread."""
+    """One GPU's sampler, and its actuator with the thread that sets."""
 
     def __init__(self, actuator: Actuator, sampler: Sampler, clock: Clock, stale: Callable[[], None]) -> None:
         self.actuator, self.sampler = actuator, sampler
         self._stale = stale
         self._waiter: Waiter = clock.waiter(f"set {actuator.uuid}")
         actuator.changed = self._waiter.wake
-        self._stopped = False
 
     def start(self) -> None:
         """Start the setter thread."""
         threading.Thread(target=self._run, name=f"set-{self.actuator.uuid[-6:]}", daemon=True).start()
 
-    def stop(self) -> None:
-        """End both threads as soon as their calls return."""
-        self._stopped = True
-        self._waiter.wake()
-        self.sampler.stop()
-
     def _run(self) -> None:
-        while not self._stopped:
+        while True:
             try:
                 next_ns = self.actuator.step()
             except StaleGenerationError:
                 self._stale()
                 return
             self._waiter.wait_until(next_ns)
-        self._waiter.close()
 
 
 def everything(capabilities: list[Capabilities], config: Config) -> dict[tuple[str, Control], Interval | None]:
@@ -132,15 +126,19 @@ class Worker:
         self._waiter = clock.waiter("worker")
         self._ending: Restart | None = None
         self._leave = False
-        self._refresh = False
         self._started = threading.Lock()
         self._fatal = ""
         devices = list(node.devices())
+        if node.count() > len(devices):
+            threading.Thread(target=self._look, args=(node, len(devices)), name="look", daemon=True).start()
         capabilities = [device.capabilities() for device in devices]
         self.journal = Journal(directory, node.driver_load_id, generation, everything(capabilities, config))
         self._gpus = [self._gpu(node, d, c, generation) for d, c in zip(devices, capabilities, strict=True)]
+        self._rounds = Rounds([gpu.sampler for gpu in self._gpus], clock, config.hw.sample_hz, self._publish)
         self._capabilities = capabilities
-        self._processes: dict[str, list[list[int | None]]] = {}
+        self._processes_seen: list[tuple[GpuProcess, ...] | None] = [None] * len(devices)
+        self._publishing = threading.Lock()
+        self._seq = self._sent_ns = 0
         self._report()
 
     def _gpu(self, node: Node, device: Device, capabilities: Capabilities, generation: int) -> Gpu:
@@ -168,6 +166,14 @@ class Worker:
         if self._started.acquire(blocking=False):
             for gpu in self._gpus:
                 gpu.start()
+
+    def _look(self, node: Node, known: int) -> None:
+        """For GPUs that did not answer at the start: when one does, the next worker opens them all."""
+        waiter = self._clock.waiter("look")
+        with contextlib.suppress(DeviceError):
+            while len(node.devices()) <= known:
+                waiter.wait_until(self._clock.now_ns() + _LOOK_NS)
+        self._end("a GPU has come back")
 
     # ends
 
@@ -217,52 +223,56 @@ class Worker:
                 self._leave = bool(argument & LEAVE_SETTINGS)
                 self._ending = CAUSES[argument & 0xFF]
             elif command is Command.REFRESH:
-                self._refresh = True
-                for gpu in self._gpus:
-                    gpu.sampler.refresh()
+                self._rounds.refresh()
             self._waiter.wake()
 
-    # the tick
+    # the rounds
 
     def run(self) -> int:
         """Serve until told to end; the exit code."""
         period_ns = round(NS / self._config.hw.sample_hz)
-        start_ns = self._clock.now_ns()
-        for n, gpu in enumerate(self._gpus):
-            gpu.sampler.start(start_ns + period_ns * n // max(1, len(self._gpus)))
-        due_ns, seq, noted_ns = start_ns + period_ns, 0, 0
+        noted_ns = 0
+        self._rounds.start()
         while not self._fatal and self._ending is None:
-            now_ns = self._waiter.wait_until(due_ns)
-            if now_ns < due_ns and not self._refresh:
-                continue
-            self._refresh = False
-            due_ns = max(due_ns + period_ns, now_ns + period_ns // 2) if now_ns >= due_ns else due_ns
-            seq += 1
-            self._tick(seq, now_ns)
+            now_ns = self._waiter.wait_until(self._clock.now_ns() + max(period_ns, _WATCH_NS))
+            self._watch(now_ns)
+            if now_ns - self._sent_ns > period_ns * 3 // 2:
+                self._publish()  # the round hangs: the other GPUs' readings go out all the same
             if now_ns - noted_ns >= _EPOCH_NOTE_NS:
                 noted_ns = now_ns
                 self._note_epochs()
         return self._finish()
 
-    def _tick(self, seq: int, now_ns: int) -> None:
-        readings, wedged = [], 0
+    def _watch(self, now_ns: int) -> None:
+        """Deadlines of every call under way."""
+        self._rounds.watch(now_ns)
+        wedged = [gpu.sampler.overdue(now_ns) for gpu in self._gpus]
         for gpu in self._gpus:
-            wedged += gpu.sampler.overdue(now_ns)
-            reading = gpu.sampler.reading
-            if gpu.actuator.overdue(now_ns) and reading.health is Health.UP:
-                reading = replace(reading, health=Health.WEDGED)
-            readings.append(reading)
-        self._line.send(frames.encode_snapshot(seq, now_ns, readings), may_drop=True)
-        processes = processes_row({g.actuator.uuid: g.sampler.processes for g in self._gpus if g.sampler.processes is not None})
-        if processes != self._processes:
-            self._processes = processes
-            self._line.table(Kind.TABLE, Table.PROCESSES, processes)
-        capabilities = [g.actuator.capabilities for g in self._gpus]
-        if capabilities != self._capabilities:
-            self._capabilities = capabilities
-            self._line.table(Kind.TABLE, Table.CAPABILITIES, [capabilities_row(c) for c in capabilities])
-        if wedged and wedged == len(self._gpus):
+            gpu.actuator.overdue(now_ns)
+        if wedged and all(wedged):
             self._fatal = "no GPU answers"
+        if self._gpus and all(gpu.sampler.reading.health is Health.LOST for gpu in self._gpus):
+            self._fatal = "every GPU is lost: the driver was reloaded or is gone"
+
+    def _publish(self) -> None:
+        """Send all readings as they are now; called at the end of each round by the thread that read."""
+        with self._publishing:
+            self._sent_ns = now_ns = self._clock.now_ns()
+            self._seq += 1
+            readings = []
+            for gpu in self._gpus:
+                reading = gpu.sampler.reading
+                if gpu.actuator.wedged and reading.health is Health.UP:
+                    reading = replace(reading, health=Health.WEDGED)
+                readings.append(reading)
+            self._line.send(frames.encode_snapshot(self._seq, now_ns, readings), may_drop=True)
+            if self._processes_seen != (seen := [g.sampler.processes for g in self._gpus]):
+                self._processes_seen = seen
+                known = {g.actuator.uuid: p for g, p in zip(self._gpus, seen, strict=True) if p is not None}
+                self._line.table(Kind.TABLE, Table.PROCESSES, processes_row(known))
+            if self._capabilities != (capabilities := [g.actuator.capabilities for g in self._gpus]):
+                self._capabilities = capabilities
+                self._line.table(Kind.TABLE, Table.CAPABILITIES, [capabilities_row(c) for c in capabilities])
 
     def _note_epochs(self) -> None:
         for gpu in self._gpus:

@@ -35,9 +35,7 @@ def find_compiler() -> list[str]:
             return [path]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc"]
-    raise BuildError(
-        "no C compiler for the simulated driver: install gcc or clang, or `pip install powerd[sim]` (ziglang)"
-    )
+    raise BuildError("no C compiler for the simulated driver: install gcc or clang, or `pip install powerd[sim]` (ziglang)")
 
 
 def cache_root() -> Path:
@@ -70,9 +68,7 @@ def build() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             detail = (done.stderr or done.stdout).strip().splitlines()
-            raise BuildError(
-                f"{compiler[0]} cannot build the simulated driver: {detail[0] if detail else done.returncode}"
-            )
+            raise BuildError(f"{compiler[0]} cannot build the simulated driver: {detail[0] if detail else done.returncode}")
         Path(part).chmod(0o755)
         Path(part).rename(library)
     finally:

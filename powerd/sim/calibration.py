@@ -83,9 +83,7 @@ def fit(curve: Curve, clock_max_mhz: float) -> Fit:
     clocks = [p.clock_mhz for p in curve]
     times = [p.time_s for p in curve]
     powers = [p.power_w for p in curve]
-    candidates = [
-        (_line([1.0 / min(f, cap) for f in clocks], times), cap) for cap in clocks if cap >= 0.7 * clock_max_mhz
-    ]
+    candidates = [(_line([1.0 / min(f, cap) for f in clocks], times), cap) for cap in clocks if cap >= 0.7 * clock_max_mhz]
     (a_s, b, _), cap = min(candidates, key=lambda row: row[0][2])
     best: tuple[float, float, float, float, float] | None = None
     for knee_step in range(9):
@@ -153,3 +151,161 @@ def interpolate(curve: Curve, clock_mhz: float) -> Point:
             rate = (1 - share) / low.time_s + share / high.time_s
             return Point(clock_mhz, 1.0 / rate, (1 - share) * low.power_w + share * high.power_w)
     return curve[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Mean and largest relative error of time, power and energy over some clocks."""
+
+    clocks: int
+    time_mean: float
+    time_max: float
+    power_mean: float
+    power_max: float
+    energy_mean: float
+    energy_max: float
+
+
+def compare(measured: Iterable[Point], predicted: Iterable[Point]) -> Errors:
+    """Relative errors of predicted against measured points, clock by clock."""
+    rows = [
+        (
+            abs(p.time_s / m.time_s - 1),
+            abs(p.power_w / m.power_w - 1),
+            abs(p.time_s * p.power_w / (m.time_s * m.power_w) - 1),
+        )
+        for m, p in zip(measured, predicted, strict=True)
+    ]
+    times, powers, energies = zip(*rows, strict=True)
+
+    def both(values: Sequence[float]) -> tuple[float, float]:
+        return sum(values) / len(values), max(values)
+
+    return Errors(len(rows), *both(times), *both(powers), *both(energies))
+
+
+def left_out_errors(curve: Curve) -> Errors:
+    """Errors at the clocks that a table of every second clock has not seen."""
+    kept = choose(curve, "every-second")
+    rest = [p for p in curve if p not in kept]
+    return compare(rest, [interpolate(kept, p.clock_mhz) for p in rest])
+
+
+def fit_errors(curve: Curve, clock_max_mhz: float) -> Errors:
+    """Errors of the fitted form at the clocks that it was fitted on."""
+    fitted = fit(curve, clock_max_mhz)
+    return compare(curve, [Point(p.clock_mhz, fitted.time_s(p.clock_mhz), fitted.power_w(p.clock_mhz)) for p in curve])
+
+
+@dataclass(frozen=True, slots=True)
+class LimitPoint:
+    """A whole job under one power limit: time and energy relative to the highest limit, measured and modelled."""
+
+    limit_w: float
+    time: float
+    energy: float
+    modelled_time: float
+    modelled_energy: float
+
+
+def load_limit_sweep(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """Read a power-limit sweep as model -> (limit W, time s, energy J of all GPUs), highest limit first."""
+    out: dict[str, list[tuple[float, float, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            limits = {float(value) for key, value in row.items() if key.startswith("power_limit_")}
+            if len(limits) == 1:
+                out.setdefault(row["model_name"], []).append((limits.pop(), float(row["time"]), float(row["energy"])))
+    return {name: sorted(rows, reverse=True) for name, rows in out.items()}
+
+
+def clock_at_power(curve: Curve, power_w: float) -> float:
+    """The highest clock at which a curve draws no more than `power_w` (its lowest clock if none does)."""
+    low, high = curve[0].clock_mhz, curve[-1].clock_mhz
+    if interpolate(curve, high).power_w <= power_w:
+        return high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if interpolate(curve, middle).power_w <= power_w else (low, middle)
+    return low
+
+
+def limit_response(
+    curve: Curve, rows: Sequence[tuple[float, float, float]], cap_target: float, blocked_w: float, busy: float
+) -> list[LimitPoint]:
+    """Model a job that runs one kernel for a share `busy` of the time under each limit, blocked for the rest."""
+    out: list[LimitPoint] = []
+    first: tuple[float, float] | None = None
+    for limit_w, time_s, energy_j in rows:
+        point = interpolate(curve, clock_at_power(curve, cap_target * limit_w))
+        energy = (busy * point.power_w + (1 - busy) * blocked_w) * point.time_s
+        first = first or (point.time_s, energy)
+        modelled = (point.time_s / first[0], energy / first[1])
+        out.append(LimitPoint(limit_w, time_s / rows[0][1], energy_j / rows[0][2], *modelled))
+    return out
+
+
+# Busy share of the published pipelines (4 and 8 stages), from mean power against the limit; the rest is bubbles.
+BUSY_SHARE = {"a100-pcie": 0.93, "a40": 0.82}
+
+
+def _print_profiles() -> None:
+    from powerd.sim.kernels import profile_path
+    from powerd.sim.models import MODELS
+
+    head = f"{'time':>15}{'power':>15}{'energy':>15}   (mean / largest error, per cent)"
+    seen: set[str] = set()
+    for model in MODELS.values():
+        if model.profile is None or model.profile in seen:
+            continue
+        seen.add(model.profile)
+        print(f"{model.profile}: {head}")
+        for (stage, instruction), curve in sorted(load_profile(profile_path(model.profile)).items()):
+            if stage not in (0, 7):
+                continue  # stages 1 to 6 hold the rows of stage 0
+            for title, errors in (
+                ("left-out clocks", left_out_errors(curve)),
+                ("fitted form", fit_errors(curve, float(model.clock_max_mhz))),
+            ):
+                pairs = (
+                    (errors.time_mean, errors.time_max),
+                    (errors.power_mean, errors.power_max),
+                    (errors.energy_mean, errors.energy_max),
+                )
+                cells = "".join(f"{100 * mean:8.2f} /{100 * most:5.2f}" for mean, most in pairs)
+                print(f"  stage {stage} {instruction:9} {title:16} {errors.clocks:3} clocks{cells}")
+            f = fit(curve, float(model.clock_max_mhz))
+            share = f.a_s / f.time_s(model.clock_max_mhz)
+            print(
+                f"    t = {f.a_s:.3f} s + {f.b_s_mhz:.1f} / min(f, {f.clock_cap_mhz:.0f}) "
+                f"(fixed share {100 * share:.0f} %), P = {f.static_w:.0f} W + {f.dynamic_w:.0f} W x V^2, "
+                f"V from {f.voltage_floor:.2f} at knee {f.voltage_knee:.2f}"
+            )
+
+
+def _print_limits() -> None:
+    from powerd.sim.kernels import generic_curve, profile_path
+    from powerd.sim.models import MODELS, to_c
+
+    for key, name in (("a100-pcie", "a100"), ("a40", "a40")):
+        model = MODELS[key]
+        curve, target = generic_curve(model, "gemm"), to_c(model).cap_target
+        for job, rows in load_limit_sweep(profile_path(f"power_limits/power_limit_sweep_{name}.csv")).items():
+            points = limit_response(curve, rows, target, model.blocked_w, BUSY_SHARE[key])
+            print(f"{key}, kernel gemm against {job} (time and energy relative to {points[0].limit_w:.0f} W):")
+            for p in points[1:]:
+                print(
+                    f"  {p.limit_w:4.0f} W  time {p.time:.3f} modelled {p.modelled_time:.3f}"
+                    f"  energy {p.energy:.3f} modelled {p.modelled_energy:.3f}"
+                )
+
+
+def main() -> int:
+    """Print the errors of tables of every second clock and of fitted forms, and of the response to power limits."""
+    _print_profiles()
+    _print_limits()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

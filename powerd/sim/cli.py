@@ -35,9 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--perm", default="any", choices=list(PERMISSIONS), help="who may change settings")
     run.add_argument("--no-persistence", action="store_true", help="settings are lost when the last client closes")
     run.add_argument("--latency", type=float, default=1.0, help="multiplies every injected driver latency, 0 = none")
-    run.add_argument(
-        "--profile", action="append", default=[], metavar="NAME=CSV", help="add measured kernels, repeatable"
-    )
+    run.add_argument("--profile", action="append", default=[], metavar="NAME=CSV", help="add measured kernels, repeatable")
     run.add_argument(
         "--fit-on", choices=["all", "every-second"], default="all", help="measured clocks that kernels are built from"
     )
@@ -167,10 +165,11 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{truth['model']} (simulated), time {truth['time']}, now {truth['now_ns'] / 1e9:.3f} s")
     for row in truth["gpus"]:
         lock = row["locked_clocks_mhz"]
+        joules = row["true_energy_mj"] / 1000
         flags = [name for name in ("lost", "hung", "frozen", "capped", "mig") if row[name]]
         print(
             f"  {row['gpu']:2} {row['clock_mhz']:6.0f} MHz {row['power_w']:6.1f} W {row['temperature_c']:4.0f} C "
-            f"{row['true_energy_mj'] / 1000:10.1f} J  limit {row['limit_mw'] / 1000:.0f}/{row['enforced_mw'] / 1000:.0f} W  "
+            f"{joules:10.1f} J  limit {row['limit_mw'] / 1000:.0f}/{row['enforced_mw'] / 1000:.0f} W  "
             f"lock {f'{lock[0]}-{lock[1]}' if lock else '-'}  processes {row['processes']}  {' '.join(flags)}".rstrip()
         )
     return 0

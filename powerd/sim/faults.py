@@ -60,9 +60,7 @@ KINDS: dict[str, Kind] = {
     "hw-thermal": Kind("hardware thermal slowdown: half clock, reason 0x40|0x8", Knob.HW_THERMAL),
     "sw-thermal": Kind("software thermal slowdown: 70 % clock, reason 0x20", Knob.SW_THERMAL),
     "heat": Kind("the air is --value degrees C warmer", Knob.HEAT_C, 40),
-    "oob-cap": Kind(
-        "out-of-band (BMC) power cap of --value mW, below what NVML was asked for", Knob.OUT_OF_BAND_MW, None
-    ),
+    "oob-cap": Kind("out-of-band (BMC) power cap of --value mW, below what NVML was asked for", Knob.OUT_OF_BAND_MW, None),
     "foreign-limit": Kind("somebody else sets the power limit to --value mW", Knob.LIMIT_MW, None, None),
     "foreign-lock": Kind("somebody else locks the SM clock at --value MHz (0 = unlocks)", None, None, None),
     "foreign-memory-lock": Kind("somebody else locks the memory clock at --value MHz", Knob.MEMORY_LOCK, None, None),
@@ -73,9 +71,7 @@ KINDS: dict[str, Kind] = {
     "mig": Kind("MIG mode is on: utilisation is not supported", Knob.MIG),
     "permission": Kind("who may set: --permission root|any|none", None, None, None),
     "latency": Kind("every driver call takes --value per cent of its usual time", None, 1000, None),
-    "driver-reload": Kind(
-        "the driver is reloaded: settings and counters start anew, open handles are lost", None, 1, None
-    ),
+    "driver-reload": Kind("the driver is reloaded: settings and counters start anew, open handles are lost", None, 1, None),
     "driver-upgrade": Kind("as driver-reload, and a client that was running gets 18 at its next init", None, 1, None),
     "rule": Kind(
         "calls that match --function return --code and/or take --delay longer (--count, --probability, --after)",

@@ -37,7 +37,7 @@ def generic_curve(model: GpuModel, name: str) -> Curve:
     top, floor, knee = model.clock_max_mhz, model.voltage_floor, model.voltage_knee
     clocks = range(model.clock_min_mhz, top + 1, model.clock_step_mhz)
     full_w = model.context_idle_w + power_share * (model.stress_w - model.context_idle_w)
-    static_w = 0.12 * full_w
+    static_w = model.static_w
     points = []
     for clock in clocks:
         x = clock / top

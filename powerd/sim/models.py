@@ -37,6 +37,7 @@ class GpuModel:
     context_idle_w: float
     blocked_w: float
     stress_w: float
+    static_w: float
     energy_period_s: float
     sensor_window_s: float = 0.025
     voltage_floor: float = 0.83
@@ -75,6 +76,7 @@ _HOPPER = {
     "energy_period_s": 0.02,
     "memory_lock": True,
     "stress_w": 690.0,
+    "static_w": 72.0,
 }
 _GPT3_A100 = "stage_profile_gpt3-175b_a100_sxm.csv"
 _GPT3_A40 = "stage_profile_gpt3-175b_a40.csv"
@@ -115,6 +117,7 @@ MODELS: dict[str, GpuModel] = {
             limit_default_w=400,
             blocked_w=90.0,
             stress_w=475.0,
+            static_w=45.0,
             profile=_GPT3_A100,
             **_A100,  # type: ignore[arg-type]
         ),
@@ -129,6 +132,7 @@ MODELS: dict[str, GpuModel] = {
             limit_default_w=500,
             blocked_w=90.0,
             stress_w=475.0,
+            static_w=45.0,
             profile=_GPT3_A100,
             **_A100,  # type: ignore[arg-type]
         ),
@@ -142,7 +146,10 @@ MODELS: dict[str, GpuModel] = {
             limit_max_w=300,
             limit_default_w=300,
             blocked_w=83.6,
-            stress_w=400.0,
+            stress_w=450.0,
+            static_w=60.0,
+            voltage_floor=0.78,
+            voltage_knee=0.75,
             **_A100,  # type: ignore[arg-type]
         ),
         GpuModel(
@@ -155,7 +162,7 @@ MODELS: dict[str, GpuModel] = {
             clock_min_mhz=210,
             clock_max_mhz=1740,
             idle_clock_mhz=210,
-            memory_clocks_mhz=(7251, 6501, 5001, 810, 405),
+            memory_clocks_mhz=(7251, 6501, 810, 405),
             memory_lock=True,
             limit_min_w=100,
             limit_max_w=300,
@@ -165,11 +172,12 @@ MODELS: dict[str, GpuModel] = {
             idle_w=22.0,
             context_idle_w=60.0,
             blocked_w=70.4,
-            stress_w=330.0,
+            stress_w=380.0,
+            static_w=70.0,
             energy_period_s=0.1,
             sensor_window_s=0.1,
-            voltage_floor=0.78,
-            voltage_knee=0.65,
+            voltage_floor=0.70,
+            voltage_knee=0.80,
             mig=False,
             profile=_GPT3_A40,
         ),
@@ -200,7 +208,7 @@ def to_c(model: GpuModel) -> Model:
         clock_max_mhz=model.clock_max_mhz,
         clock_step_mhz=model.clock_step_mhz,
         idle_clock_mhz=model.idle_clock_mhz,
-        memory_clock_count=len(model.memory_clocks_mhz[:4]),
+        memory_clock_count=len(model.memory_clocks_mhz),
         memory_lock_supported=model.memory_lock,
         power_usage_is_average=model.power_usage_is_average,
         limit_min_mw=model.limit_min_w * 1000,
@@ -223,16 +231,16 @@ def to_c(model: GpuModel) -> Model:
         ambient_c=ambient_c,
         thermal_c_per_w=(model.thermal_c_at_limit - ambient_c) / model.limit_default_w,
         thermal_tau_s=20.0,
-        leak_w_per_c=0.004 * model.idle_w,
+        leak_w_per_c=0.002 * model.idle_w,
         slowdown_c=model.slowdown_c,
         shutdown_c=model.slowdown_c + 5.0,
         cap_bind=1.0,
-        cap_target=0.95,
+        cap_target=0.955,
         cap_tau_s=0.015,
         cap_tick_s=0.01,
         cap_gain=0.08,
         settle_s=0.0009,
     )
-    for index, clock in enumerate(model.memory_clocks_mhz[:4]):
+    for index, clock in enumerate(model.memory_clocks_mhz):
         out.memory_clock_mhz[index] = clock
     return out

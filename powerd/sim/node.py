@@ -236,6 +236,7 @@ class SimNode:
             self._library.powerd_sim_unmap(self._sim)
             self._sim = None
         if self._owner:
+            self._owner = False
             self.path.unlink(missing_ok=True)
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -243,9 +244,7 @@ class SimNode:
     def __enter__(self) -> SimNode:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

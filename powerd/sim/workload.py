@@ -21,6 +21,7 @@ from powerd.sim.node import SimError, SimNode, attach
 
 GIB = 1 << 30
 RUN, LOAD, BLOCKED = 1, 2, 3
+MAX_SECONDS = 1e9
 WAIT_REAL_MS = 500  # how long the driver may wait before Python looks for signals
 
 
@@ -40,9 +41,7 @@ class Done:
 class Context:
     """A context on one simulated GPU: holds memory, is in the process list, runs one thing at a time."""
 
-    def __init__(
-        self, gpu: int, *, node: SimNode | None = None, name: str | None = None, memory_bytes: int = 4 * GIB
-    ) -> None:
+    def __init__(self, gpu: int, *, node: SimNode | None = None, name: str | None = None, memory_bytes: int = 4 * GIB) -> None:
         self._own = node is None
         self.node = attach() if node is None else node
         self.gpu = gpu
@@ -81,6 +80,8 @@ class Context:
         return self._submit(BLOCKED, [], 0.0, 0, seconds)
 
     def _submit(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> Done:
+        if not 0.0 <= seconds <= MAX_SECONDS:
+            raise ValueError(f"a load lasts 0 to {MAX_SECONDS:.0f} s, not {seconds}")
         array = (Item * max(1, len(items)))(*items)
         begin_ns = self.node.now_ns()
         code = self._library.powerd_sim_work_submit(
@@ -109,15 +110,11 @@ class Context:
     def __enter__(self) -> Context:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
-def run(
-    kernels: Iterable[tuple[str, float]], gpu: int = 0, *, node: SimNode | None = None, name: str | None = None
-) -> Done:
+def run(kernels: Iterable[tuple[str, float]], gpu: int = 0, *, node: SimNode | None = None, name: str | None = None) -> Done:
     """Run (kernel, units) on one simulated GPU and return simulated seconds and true energy."""
     with Context(gpu, node=node, name=name) as context:
         return context.run(kernels)
@@ -144,13 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="KERNEL[:UNITS]",
         help="kernels to run one after another (gemm, gpt3-175b/0/forward:4)",
     )
-    parser.add_argument(
-        "--gpu", type=int, action="append", help="GPU index, repeatable (default 0; each GPU gets all the work)"
-    )
+    parser.add_argument("--gpu", type=int, action="append", help="GPU index, repeatable (default 0; each GPU gets all the work)")
     parser.add_argument("--repeat", type=int, default=1, help="run the list this many times")
-    parser.add_argument(
-        "--load", type=float, metavar="SHARE", help="instead: a steady load of this share, for --seconds"
-    )
+    parser.add_argument("--load", type=float, metavar="SHARE", help="instead: a steady load of this share, for --seconds")
     parser.add_argument("--seconds", type=float, default=10.0, help="simulated seconds of the steady load")
     parser.add_argument("--json", action="store_true", help="print one JSON object per GPU")
     args = parser.parse_args(argv)

@@ -85,12 +85,11 @@ _FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 class _GpuSums:
     """What is summed up for one GPU between scrapes."""
 
-    __slots__ = ("base_mj", "epoch", "integrated_mj", "last_mj", "reasons_ns", "time_ns")
+    __slots__ = ("base_mj", "epoch", "last_mj", "reasons_ns", "time_ns")
 
     def __init__(self) -> None:
         self.base_mj = 0  # counters of earlier epochs
         self.last_mj: int | None = None
-        self.integrated_mj = 0.0  # of a GPU without a counter
         self.epoch = 0
         self.reasons_ns: dict[int, int] = {}  # by the whole bit set: taken apart only when scraped
         self.time_ns = 0
@@ -104,17 +103,13 @@ class _GpuSums:
             bits = reading.clock_event_reasons
             if bits:
                 self.reasons_ns[bits] = self.reasons_ns.get(bits, 0) + step_ns
-            if reading.energy_mj is None and self.last_mj is None and reading.power_mw is not None:
-                self.integrated_mj += reading.power_mw * step_ns / NS
         if reading.energy_mj is not None:
             if self.last_mj is not None and (reading.epoch != self.epoch or reading.energy_mj < self.last_mj):
                 self.base_mj += self.last_mj  # never backwards; what the gap cost is not known here
             self.last_mj, self.epoch = reading.energy_mj, reading.epoch
 
     def energy_mj(self) -> float | None:
-        if self.last_mj is not None:
-            return float(self.base_mj + self.last_mj)
-        return self.integrated_mj or None
+        return None if self.last_mj is None else float(self.base_mj + self.last_mj)
 
 
 class Metrics(Collector):
@@ -259,7 +254,8 @@ def documentation() -> str:
         "<!-- made by: python -m powerd.sinks.metrics > docs/metrics.md -->",
         "",
         "What `GET /metrics` serves, as Prometheus text or OpenMetrics, in base units. A series whose value is not known",
-        "is absent; only `powerd_gpu_up` stays, with 0. `rate(powerd_gpu_energy_joules_total[5m])` is the mean power in watts.",
+        "is absent; of a lost GPU only its sums and `powerd_gpu_up` stay, the latter with 0.",
+        "`rate(powerd_gpu_energy_joules_total[5m])` is the mean power in watts.",
         "",
         "| name | type | unit | labels | what |",
         "|---|---|---|---|---|",

@@ -10,9 +10,10 @@ import difflib
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from powerd.api import HistorySeries, HistoryView, LeaseView
 from powerd.clock import Clock
@@ -36,6 +37,7 @@ class StoreStats:
     dropped: int  # rows, events and leases that were lost to a full queue
     errors: int  # failed rounds of writing
     quarantined: int  # corrupt files put aside
+    backlog: int  # snapshots, events and leases that wait for the writer
     size_bytes: int
     problem: str  # empty when all is well
 
@@ -103,18 +105,24 @@ class Store:
                 size += Path(f"{self._path}{suffix}").stat().st_size
             except OSError:
                 continue
-        return StoreStats(counts.rows, counts.dropped, counts.errors, counts.quarantined, size, counts.problem)
+        backlog = self._writer.backlog
+        return StoreStats(counts.rows, counts.dropped, counts.errors, counts.quarantined, backlog, size, counts.problem)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Write what is there and end; what cannot be written in time is lost."""
         self._writer.flush(timeout_s)
 
-    def _reader(self) -> sqlite3.Connection:
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection of the caller's own; whatever SQLite has against it is an UnavailableError."""
         if not self._writer.ready.wait(_OPEN_TIMEOUT_S) or not self._path.exists():
             raise UnavailableError("the store is not open", hint=self._writer.counts.problem or "try again")
-        connection = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, timeout=2.0)
-        connection.create_aggregate("bits_or", 1, BitsOr)  # type: ignore[arg-type]
-        return connection
+        try:
+            with closing(sqlite3.connect(f"file:{quote(str(self._path))}?mode=ro", uri=True, timeout=2.0)) as connection:
+                connection.create_aggregate("bits_or", 1, BitsOr)  # type: ignore[arg-type]
+                yield connection
+        except sqlite3.Error as error:
+            raise UnavailableError(f"the store cannot be read: {error}", hint="powerctl doctor says more") from error
 
     def history(
         self,
@@ -132,19 +140,14 @@ class Store:
             raise RequestError(f"points must be 1..{MAX_POINTS}", code="bad_value")
         needed = tuple(dict.fromkeys(w.column for w in wanted))
         since, until = int(since_s), int(-(-until_s // 1))
-        try:
-            with closing(self._reader()) as connection:
-                numbers = dict(_numbers(connection))
-                known = [numbers[uuid] for uuid in gpus if uuid in numbers]
-                table, first = _pick(connection, known, since, until)
-                step = TABLES[table]
-                bucket = max(step, -(-(until - first) // points))
-                bucket = -(-bucket // step) * step
-                series = [
-                    _series(connection, uuid, numbers.get(uuid), table, needed, wanted, first, until, bucket) for uuid in gpus
-                ]
-        except sqlite3.Error as error:
-            raise UnavailableError(f"history cannot be read: {error}", hint="see powerctl doctor") from error
+        with self._reading() as connection:
+            numbers = dict(_numbers(connection))
+            known = [numbers[uuid] for uuid in gpus if uuid in numbers]
+            table, first = _pick(connection, known, since, until)
+            step = TABLES[table]
+            bucket = max(step, -(-(until - first) // points))
+            bucket = -(-bucket // step) * step
+            series = [_series(connection, uuid, numbers.get(uuid), table, needed, wanted, first, until, bucket) for uuid in gpus]
         return HistoryView(table, float(since), float(until), tuple(series))
 
     def rows(
@@ -156,7 +159,7 @@ class Store:
             raise RequestError(f"unknown table {table!r}", code="bad_value", hint=f"one of {', '.join(TABLES)}")
         needed = tuple(dict.fromkeys(w.column for w in wanted))
         names = [name for column in needed for name in column.stored()]
-        with closing(self._reader()) as connection:
+        with self._reading() as connection:
             numbers = dict(_numbers(connection))
             for uuid in gpus:
                 if uuid not in numbers:
@@ -169,7 +172,7 @@ class Store:
     def events(self, since_s: float, until_s: float, limit: int = 1000) -> tuple[Event, ...]:
         """Stored events of a range, oldest first; their ``seq`` is the store's own, ``time_ns`` is not kept (0)."""
         sql = "SELECT * FROM events WHERE wall_ns >= ? AND wall_ns < ? ORDER BY wall_ns, id LIMIT ?"
-        with closing(self._reader()) as connection:
+        with self._reading() as connection:
             found = connection.execute(sql, (round(since_s * 1e9), round(until_s * 1e9), limit)).fetchall()
         return tuple(
             Event(n, 0, wall, kind, uuid, subject, detail, json.loads(data))

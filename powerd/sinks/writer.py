@@ -25,6 +25,7 @@ _QUEUE = 4096  # snapshots, events and leases on their way: minutes at 10 Hz
 _PENDING_ROWS = 50_000  # kept while the disk refuses them
 _BATCH = 64  # a fuller queue wakes the writer before its second is over
 _DAY = 86_400
+RETRY_ROUNDS = 5  # seconds between two tries while the file cannot be written
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FIELDS = attrgetter(*(column.name for column in COLUMNS))
 _INSERT = insert_raw()
@@ -72,6 +73,7 @@ class Writer:
         self._config = config
         self._queue: deque[Snapshot | Event | tuple[int, LeaseView]] = deque()
         self._wake = threading.Event()
+        self._wake.set()  # open the file at once
         self._stopping = False
         self._connection: sqlite3.Connection | None = None
         self._gpus: dict[str, int] = {}
@@ -93,6 +95,11 @@ class Writer:
         self._queue.append(item)
         if len(self._queue) >= _BATCH:
             self._wake.set()
+
+    @property
+    def backlog(self) -> int:
+        """How many items wait for the thread."""
+        return len(self._queue)
 
     def flush(self, timeout_s: float) -> None:
         """Write what is there, the unfinished second too, and end the thread."""
@@ -161,9 +168,9 @@ class Writer:
         except (sqlite3.Error, OSError) as error:
             self.counts.errors += 1
             self.counts.problem = f"{self.path}: {error}"
-            self._retry_in = 5
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT:
-                self._quarantine()
+            self._retry_in = RETRY_ROUNDS
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT and self._quarantine():
+                self._guarded()  # into the new file; a second corruption at once means that there is none
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is not None:
@@ -189,23 +196,24 @@ class Writer:
         self._connection = connection
         return connection
 
-    def _quarantine(self) -> None:
-        """Put a corrupt file aside under a name that tells when; the next round begins a new one."""
+    def _quarantine(self) -> bool:
+        """Put a corrupt file aside under a name that tells when, so that a new one can be begun."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        mark = f".corrupt-{self.path.stat().st_mtime_ns if self.path.exists() else 0}"
-        for suffix in ("", "-wal", "-shm"):
+        if not self.path.exists():
+            return False
+        mark = f".corrupt-{self.path.stat().st_mtime_ns}"
+        for suffix in ("-wal", "-shm", ""):
             source = Path(f"{self.path}{suffix}")
             try:
                 if source.exists():
                     source.rename(f"{self.path}{mark}{suffix}")
             except OSError as error:
                 self.counts.problem = f"{source}: {error.strerror}"
-                return
+                return False
         self.counts.quarantined += 1
-        self._retry_in = 0
-        self._wake.set()
+        return True
 
     def _gpu(self, connection: sqlite3.Connection, uuid: str) -> int:
         number = self._gpus.get(uuid)

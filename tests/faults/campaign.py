@@ -30,6 +30,8 @@ from tests.faults.rig import (
 
 DEADLINE_S = {"client": CLIENT_DEADLINE_S, "powerd": POWERD_DEADLINE_S, "hw": HW_DEADLINE_S}
 
+_NAP_S = 0.002
+
 
 @dataclass
 class Score:
@@ -42,17 +44,21 @@ class Score:
 
 
 def settle_s(rig: Rig, died_s: float, deadline_s: float) -> float:
-    """Seconds from a death until the reader first found baseline; looks until a little after the deadline."""
+    """Seconds from a death until the reader first found baseline; BrokenPromiseError when that is later than the deadline.
+
+    What this machine itself overslept meanwhile (other tests run beside this one) is taken off: it says nothing about powerd.
+    """
+    overslept_s = 0.0
     while True:
         found = rig.read()
-        took = time.monotonic() - died_s
-        if found == BASELINE:
-            return took
-        if took > deadline_s:
-            raise BrokenPromiseError(
-                f"after {took:.3f} s (deadline {deadline_s:g} s): {found}, baseline {BASELINE}; {rig.truth()}"
-            )
-        threading.Event().wait(0.002)
+        took_s = time.monotonic() - died_s - overslept_s
+        if found == BASELINE and took_s <= deadline_s:
+            return took_s
+        if took_s > deadline_s:
+            raise BrokenPromiseError(f"{found} {took_s:.3f} s after the kill, deadline {deadline_s:g} s; {rig.truth()}")
+        begin_s = time.monotonic()
+        threading.Event().wait(_NAP_S)
+        overslept_s += max(0.0, time.monotonic() - begin_s - 2 * _NAP_S)
 
 
 def hold(rig: Rig, died_s: float, deadline_s: float) -> None:
@@ -80,9 +86,10 @@ def strike(rig: Rig, point: str, nth: int, stay_dead: bool) -> Strike:
     """Kill at one point and look; raises BrokenPromiseError when a promise is broken."""
     victim = point.partition(".")[0]
     if victim != "client":
+        before = rig.generation() if victim == "hw" else None
         rig.stop(victim)
         rig.start(victim, f"{point}:{nth}")
-        wait_for(f"{point}: ready again", lambda: rig.struck or rig.ready())
+        wait_for(f"{point}: ready again", lambda: rig.struck or rig.ready(before))
     client = rig.run_client(f"{point}:{nth}" if victim == "client" else None)
     assert client.stdin is not None
     client.stdin.write("\n")  # goes through all its steps, to the release, unless it is killed on the way
@@ -101,6 +108,8 @@ def strike(rig: Rig, point: str, nth: int, stay_dead: bool) -> Strike:
         if victim == "client":
             client.wait(10)
             return Strike(True, settle_s(rig, died_s, DEADLINE_S["client"]))
+        if victim == "powerd":
+            wait_for("powerd's death", lambda: not rig.units["powerd"].alive)
         if victim == "powerd" and stay_dead:
             return Strike(True, settle_s(rig, died_s, DEADLINE_S["powerd"]))
         rig.revive()  # a worker's death is its supervisor's business; a dead unit is restarted
@@ -110,41 +119,43 @@ def strike(rig: Rig, point: str, nth: int, stay_dead: bool) -> Strike:
     finally:
         rig.end_client()
         rig.revive()
-    wait_for("both units up again", rig.ready)
-    settle_s(rig, time.monotonic(), HW_DEADLINE_S)  # the client is dead by now
     return Strike(reached=True)
 
 
 def campaign(strikes: int, seed: int, points: tuple[str, ...] = KILL_POINTS, quiet: bool = True) -> Score:
     """Strike every point in turn until the number is reached; the order and depth come from the seed."""
     score, dice = Score(), random.Random(seed)
-    order = list(points)
-    done = 0
+    order, deepest = list(points), dict.fromkeys(points, 3)
+    done = tried = 0
     with rig() as made:
-        while done < strikes:
+        while done < strikes and tried < 2 * strikes + len(points):
             dice.shuffle(order)
             for point in order:
                 if done >= strikes:
                     break
-                nth = 1 if point not in score.strikes else dice.choice((1, 1, 2, 3))
-                done += 1
+                nth = 1 if point not in score.strikes else dice.randint(1, deepest[point])
+                tried += 1
                 try:
                     result = strike(made, point, nth, stay_dead=dice.random() < 0.5)
                     made.revive()
-                    wait_for(f"ready after {point}", made.ready)
+                    wait_for(f"{point}: ready again, its lease gone, at baseline", made.at_rest)
                 except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
                     score.failures.append(f"{point}:{nth}: {error}\n{made.tail()}")
                     made.disarm()
                     made.end_client()
                     made.revive()
-                    wait_for("recovery after a failure", made.ready)
+                    wait_for("recovery after a failure", made.at_rest)
                     continue
-                score.strikes[point] += result.reached
+                if not result.reached:
+                    deepest[point] = max(1, nth - 1)
+                    continue
+                done += 1
+                score.strikes[point] += 1
                 if result.restore_s is not None:
                     score.slowest_s[point] = max(score.slowest_s[point], result.restore_s)
                 if not quiet:
                     took = "" if result.restore_s is None else f" {result.restore_s * 1000:.0f} ms"
-                    print(f"{done:5d}/{strikes} {point}:{nth}{took}{'' if result.reached else ' (not reached)'}", flush=True)
+                    print(f"{done:5d}/{strikes} {point}:{nth}{took}", flush=True)
     score.unreached = {point for point in points if not score.strikes[point]}
     return score
 

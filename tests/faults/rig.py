@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from powerd.client import Client
-
 from powerd.errors import PowerdError
 from powerd.sim import node as sim_node
 
@@ -174,14 +173,20 @@ class Rig:
         if done.returncode not in (0, 75):
             raise BrokenPromiseError(f"restore ended with {done.returncode}")
 
-    def ready(self) -> bool:
-        """Whether powerd answers, is fed by hw and may control."""
+    def ready(self, after_generation: int | None = None) -> bool:
+        """Whether powerd answers, is fed by hw (by a newer one than ``after_generation``) and may control."""
         try:
             with contextlib.closing(Client(self.socket, timeout_s=2)) as client:
                 node = client.node()
-                return node.hw_connected and node.control and bool(node.gpus) and bool(client.snapshot().readings)
+                fed = node.hw_connected and bool(node.gpus) and bool(client.snapshot().readings)
+                return fed and node.control and node.hw_generation != after_generation
         except PowerdError:
             return False
+
+    def generation(self) -> int | None:
+        """The generation of the hw worker that powerd hears."""
+        with contextlib.closing(Client(self.socket, timeout_s=2)) as client:
+            return client.node().hw_generation
 
     def run_client(self, kill_at: str | None = None) -> subprocess.Popen[str]:
         self.client_process = subprocess.Popen(
@@ -214,6 +219,11 @@ class Rig:
                 return len(client.leases())
         except PowerdError:
             return 0
+
+    def at_rest(self) -> bool:
+        """Whether both units are up (dead ones are restarted), no lease is live and the reader finds baseline."""
+        self.revive()
+        return self.ready() and self.live_leases() == 0 and self.read() == BASELINE
 
     def truth(self) -> str:
         """What the simulator says, for messages."""

@@ -2,7 +2,6 @@
 
 import pytest
 
-from powerd.killpoint import KILL_POINTS
 from tests.faults.campaign import campaign
 
 
@@ -11,7 +10,7 @@ def test_a_hundred_kills_leave_every_setting_where_it_belongs() -> None:
     score = campaign(100, seed=11)
     assert not score.failures, "\n\n".join(score.failures)
     assert not score.unreached, f"kill points that no kill reached: {sorted(score.unreached)}"
-    assert set(score.strikes) == set(KILL_POINTS)
+    assert sum(score.strikes.values()) >= 100
 
 
 @pytest.mark.long
@@ -20,3 +19,4 @@ def test_a_thousand_kills_leave_every_setting_where_it_belongs() -> None:
     score = campaign(1000, seed=12)
     assert not score.failures, "\n\n".join(score.failures)
     assert not score.unreached, f"kill points that no kill reached: {sorted(score.unreached)}"
+    assert sum(score.strikes.values()) >= 1000

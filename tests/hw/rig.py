@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from powerd.clock import NS
+from powerd.clock import NS, Clock, RealClock, SimClock
 from powerd.hw import frames
 from powerd.hw.frames import Command, Desired, Kind, Table
 from powerd.model import Control, Interval, Outcome, Reading, Verdict
@@ -25,15 +26,11 @@ from powerd.sim.workload import Context
 PATIENCE_S = 30.0
 
 
-def boottime_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
 class Powerd:
     """What powerd is to powerd-hw: one connection with everything that came over it."""
 
-    def __init__(self, link: socket.socket) -> None:
-        self.link = link
+    def __init__(self, link: socket.socket, clock: Clock) -> None:
+        self.link, self.clock = link, clock
         self.link.settimeout(PATIENCE_S)
         self.seq = 0
         self.hello: Any = None
@@ -45,13 +42,13 @@ class Powerd:
         self._reader = frames.TableReader()
 
     @classmethod
-    def connect(cls, path: Path) -> Powerd:
+    def connect(cls, path: Path, clock: Clock | None = None) -> Powerd:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 link.connect(str(path))
-                return cls(link)
+                return cls(link, clock or RealClock())
             except OSError:
                 link.close()
                 if time.monotonic() > deadline:
@@ -60,19 +57,23 @@ class Powerd:
 
     def greet(self) -> Powerd:
         for frame in frames.encode_table(Kind.HELLO, 0, 0, Table.HELLO, {"wire": frames.WIRE_VERSION}):
-            self.link.send(frame)
+            self.send(frame)
         self.until(lambda: self.hello is not None)
         return self
 
+    def send(self, frame: bytes) -> None:
+        self.clock.flight(1)
+        self.link.send(frame)
+
     def desire(self, *rows: tuple[str, Control, Interval | None], ttl_s: float = 600.0, dwell_ms: int = 1) -> int:
         self.seq += 1
-        expiry_ns = boottime_ns() + round(ttl_s * NS)
+        expiry_ns = self.clock.now_ns() + round(ttl_s * NS)
         table = [Desired(uuid, control, value, expiry_ns, dwell_ms) for uuid, control, value in rows]
-        self.link.send(frames.encode_desired(self.seq, boottime_ns(), table))
+        self.send(frames.encode_desired(self.seq, self.clock.now_ns(), table))
         return self.seq
 
     def command(self, command: Command, argument: int = 0) -> None:
-        self.link.send(frames.encode_command(0, 0, command, argument))
+        self.send(frames.encode_command(0, 0, command, argument))
 
     def take(self) -> bool:
         """One frame; False at the end of the connection."""
@@ -82,6 +83,7 @@ class Powerd:
             return False
         if not frame:
             return False
+        self.clock.flight(-1)
         head = frames.header(frame)
         if head.kind is Kind.SNAPSHOT:
             self.readings, self.snapshots = frames.decode_snapshot(frame), self.snapshots + 1
@@ -138,6 +140,7 @@ class Rig:
     def __init__(self, tmp_path: Path, **node: Any) -> None:
         options: dict[str, Any] = {"gpus": 2, "latency": 0.1, "first_open_s": 0.0, **node}
         self.node = nodes.create(**options)
+        self.clock: Clock = RealClock() if self.node.time == "real" else SimClock(self.node.load())
         self.uuids = [row["uuid"] for row in self.node.show()["gpus"]]
         self._short = Path(tempfile.mkdtemp(prefix="pdhw-"))
         self.socket = self._short / "hw.sock"
@@ -147,8 +150,9 @@ class Rig:
         self.children: list[subprocess.Popen[str]] = []
         self._loads: list[Context] = []
 
-    def configure(self, hw: str = "", extra: str = "") -> None:
-        text = f'[hw]\njournal_dir = "{self.journal}"\nrun_dir = "{self._short}"\ngrace_s = 0.5\nmin_dwell_s = 0\n{hw}\n{extra}\n'
+    def configure(self, hw: str = "", extra: str = "", grace_s: float = 0.5) -> None:
+        places = f'journal_dir = "{self.journal}"\nrun_dir = "{self._short}"\n'
+        text = f"[hw]\n{places}grace_s = {grace_s}\nmin_dwell_s = 0\n{hw}\n{extra}\n"
         self.config_file.write_text(text)
         self.config_file.chmod(0o600)
 
@@ -158,7 +162,7 @@ class Rig:
             env["POWERD_KILL_AT"] = kill_at
         child = subprocess.Popen(
             [sys.executable, "-I", "-m", "powerd.hw", *arguments, "--config", str(self.config_file)],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         self.children.append(child)
         return child
@@ -168,7 +172,7 @@ class Rig:
 
     def connect(self) -> Powerd:
         """A greeted connection over which snapshots flow."""
-        powerd = Powerd.connect(self.socket).greet()
+        powerd = Powerd.connect(self.socket, self.clock).greet()
         powerd.until(lambda: powerd.readings)
         return powerd
 
@@ -200,8 +204,8 @@ class Rig:
 
     def close(self) -> None:
         for child in self.children:
-            if child.poll() is None:
-                child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # with its worker
             child.communicate()
         self.node.close()
         shutil.rmtree(self._short, ignore_errors=True)

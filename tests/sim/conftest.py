@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,10 +50,44 @@ def nvml(make_node: MakeNode) -> Iterator[Callable[..., tuple[nodes.SimNode, lis
         pynvml.nvmlShutdown()
 
 
-def spawn(node: nodes.SimNode, code: str, *args: str, **more: Any) -> subprocess.Popen[str]:
-    """Start a Python child that sees the node; it has pynvml as `p` and `handle(i)`."""
+@pytest.fixture
+def participant() -> Callable[..., tuple[threading.Thread, list[Any]]]:
+    """Start a thread that takes part in stepped time from before this call returns until its function ends."""
+
+    def start(node: nodes.SimNode, function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+        joined, out = threading.Event(), []
+
+        def body() -> None:
+            slot = node.library.powerd_sim_join(b"participant")
+            joined.set()
+            out.append(function())
+            node.library.powerd_sim_leave(slot)
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        assert joined.wait(20)
+        return thread, out
+
+    return start
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start Python children that see a node; they have pynvml as `p` and `handle(i)`; what still runs is killed."""
     head = "import sys, time, os\nimport pynvml as p\np.nvmlInit()\nhandle = p.nvmlDeviceGetHandleByIndex\n"
-    more.setdefault("stdout", subprocess.PIPE)
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code, *args], env={**os.environ, **node.env()}, text=True, **more
-    )
+    children: list[subprocess.Popen[str]] = []
+
+    def start(node: nodes.SimNode, code: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", head + code]
+        env = {**os.environ, **node.env()}
+        child = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            if stream is not None:
+                stream.close()

@@ -16,7 +16,15 @@ static uint64_t init_generation, loaded_upgrades;
 static struct sim *loaded_sim, *init_sim;
 
 /* A client that never shut down stays initialised only for the node it was initialised on. */
-bool sim_initialised(void) { return __atomic_load_n(&init_count, __ATOMIC_ACQUIRE) > 0 && init_sim == sim_current(); }
+bool sim_initialised(void) { return __atomic_load_n(&init_count, __ATOMIC_ACQUIRE) > 0 && init_sim && init_sim == sim_current(); }
+/* The node is being unmapped under a client that has not shut down. */
+void sim_forget(const struct sim *sim) {
+    if (loaded_sim == sim) loaded_sim = NULL;
+    if (init_sim != sim) return;
+    init_sim = NULL;
+    __atomic_store_n(&init_count, 0, __ATOMIC_SEQ_CST);
+}
+
 uint64_t sim_init_generation(void) { return init_generation; }
 nvml_device sim_handle(const struct sim_gpu *gpu) { return (nvml_device)(HANDLE_BASE + gpu->index + 1); }
 
@@ -49,7 +57,7 @@ NVML_API nvml_return nvmlInit_v2(void) { return init("nvmlInit_v2"); }
 NVML_API nvml_return nvmlInitWithFlags(unsigned int flags) { (void)flags; return init("nvmlInitWithFlags"); }
 
 NVML_API nvml_return nvmlShutdown(void) {
-    if (!sim_initialised()) return NV_UNINITIALIZED;
+    if (!init_sim || !sim_initialised()) return NV_UNINITIALIZED;
     if (__atomic_sub_fetch(&init_count, 1, __ATOMIC_SEQ_CST) == 0) sim_lifetime_close(init_sim);
     return NV_SUCCESS;
 }

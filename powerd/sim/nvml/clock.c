@@ -94,6 +94,7 @@ int sim_slot_join(struct sim *sim, const char *name) {
         slot->word = word;
         slot->used = 1;
         slot->proc = (uint32_t)proc;
+        slot->thread = (uint64_t)(uintptr_t)&thread_slot;
         snprintf(slot->name, sizeof slot->name, "%s", name ? name : "");
     }
     sim_unlock(&sim->node->mutex);
@@ -170,7 +171,13 @@ void sim_slot_set_aside(struct sim *sim, int index, bool aside) {
     sim_unlock(&sim->node->mutex);
 }
 
-int sim_thread_slot(const struct sim *sim) { return thread_sim == sim ? thread_slot : -1; }
+/* The participant that the calling thread is: the one it last joined or waited as, unless another thread took it over. */
+int sim_thread_slot(const struct sim *sim) {
+    if (thread_sim != sim || thread_slot < 0) return -1;
+    const struct sim_slot *slot = &sim->node->slots[thread_slot];
+    bool ours = slot->used && (int)slot->proc == sim->proc && slot->thread == (uint64_t)(uintptr_t)&thread_slot;
+    return ours ? thread_slot : -1;
+}
 
 /* Lets simulated time pass in the calling thread; in stepped mode only participants can. */
 void sim_sleep_until(struct sim *sim, uint64_t deadline_ns) {
@@ -218,12 +225,29 @@ SIM_API void powerd_sim_leave(int slot) {
 
 SIM_API uint64_t powerd_sim_wait(int slot, uint64_t deadline_ns, int max_real_ms) {
     struct sim *sim = sim_current();
-    return sim ? sim_wait_slot(sim, slot, deadline_ns, max_real_ms, false) : sim_real_ns();
+    if (!sim) return sim_real_ns();
+    if (slot >= 0 && slot < SIM_MAX_SLOTS) {
+        sim->node->slots[slot].thread = (uint64_t)(uintptr_t)&thread_slot;
+        thread_slot = slot;
+        thread_sim = sim;
+    }
+    return sim_wait_slot(sim, slot, deadline_ns, max_real_ms, false);
 }
 
 SIM_API void powerd_sim_wake(int slot) {
     struct sim *sim = sim_current();
     if (sim) sim_wake_slot(sim->node, slot);
+}
+
+/* The calling thread blocks on something else than the clock: meanwhile it does not hold stepped time. */
+SIM_API void powerd_sim_aside(int aside) {
+    struct sim *sim = sim_current();
+    int slot = sim ? sim_thread_slot(sim) : -1;
+    if (slot < 0) return;
+    sim_slot_set_aside(sim, slot, aside != 0);
+    sim_lock(&sim->node->mutex);
+    if (aside) try_advance(sim, false);
+    sim_unlock(&sim->node->mutex);
 }
 
 SIM_API void powerd_sim_flight(int delta) {

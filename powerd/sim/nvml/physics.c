@@ -191,17 +191,23 @@ static void publish_energy(const struct sim_node *node, struct sim_gpu *gpu) {
 }
 
 /* The power cap: an integral controller on the SM clock that sees a lagging average of board power. */
-static void cap_tick(const struct sim_model *model, struct sim_gpu *gpu, double wish_mhz) {
+static void cap_tick(const struct sim_node *node, struct sim_gpu *gpu, double wish_mhz) {
+    const struct sim_model *model = &node->config.model;
     double limit = sim_enforced_mw(gpu) / 1000.0;
     if (!gpu->cap_engaged) {
         if (gpu->cap_average_w <= limit * model->cap_bind) return;
         gpu->cap_engaged = 1;
         gpu->cap_clock_mhz = gpu->clock_mhz;
     }
-    double error = (model->cap_target * limit - gpu->cap_average_w) / limit;
+    /* Boards differ in how close to a binding limit they settle. */
+    double target = model->cap_target + 0.015 * (2.0 * sim_uniform(sim_hash(node->config.seed, gpu->index, 13)) - 1.0);
+    double error = (target * limit - gpu->cap_average_w) / limit;
     gpu->cap_clock_mhz += model->clock_max_mhz * model->cap_gain * error;
     if (gpu->cap_clock_mhz < model->clock_min_mhz) gpu->cap_clock_mhz = model->clock_min_mhz;
-    if (gpu->cap_clock_mhz >= wish_mhz && error > 0) {
+    /* Let go once the clock is back, or once the wished clock would stay within the limit by itself. */
+    struct moment free_run = look(node, gpu, wish_mhz);
+    bool within = (free_run.running || free_run.loads) && free_run.power_w <= 0.99 * limit * model->cap_bind;
+    if (within || (gpu->cap_clock_mhz >= wish_mhz && error > 0)) {
         gpu->cap_engaged = 0;
         gpu->cap_clock_mhz = model->clock_max_mhz;
     }
@@ -322,7 +328,7 @@ void sim_advance_gpu(const struct sim_node *node, struct sim_gpu *gpu, uint64_t 
         if (controlled && next >= gpu->cap_next_ns) {
             double wish = context ? model->clock_max_mhz : model->idle_clock_mhz;
             if (gpu->lock.max_mhz && wish > gpu->lock.max_mhz) wish = gpu->lock.max_mhz;
-            cap_tick(model, gpu, wish);
+            cap_tick(node, gpu, wish);
             gpu->cap_next_ns = next + tick_ns;
         }
         if (next >= gpu->energy_next_ns) {

@@ -18,6 +18,7 @@ struct sim {
     int fd;          /* byte-range locks: which of our processes and participants live */
     int lifetime_fd; /* shared flock while NVML or a workload is open here, else -1 */
     int lifetime_users;
+    int users;       /* how often this process has mapped it */
     int proc;        /* our row in node->procs, -1 = none */
     char path[512];
 };
@@ -69,6 +70,7 @@ void sim_raise_xid(struct sim *sim, struct sim_gpu *gpu, uint32_t xid);
 
 /* api_core.c */
 bool sim_initialised(void);
+void sim_forget(const struct sim *sim);
 nvml_device sim_handle(const struct sim_gpu *gpu);
 struct sim_gpu *sim_from_handle(struct sim *sim, nvml_device device);
 uint64_t sim_init_generation(void);

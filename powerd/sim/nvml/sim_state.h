@@ -114,6 +114,7 @@ struct sim_gpu {
     uint32_t index;
     uint32_t change_word; /* futex: something changed that moves the end of running work */
     uint64_t t_ns;        /* physics is exact up to here */
+    uint64_t looked_real_ns;
     /* settings */
     struct sim_setting lock, lock_before, memory_lock;
     uint64_t lock_at_ns;
@@ -145,6 +146,7 @@ struct sim_slot {
     uint32_t used, proc; /* used: 1 = counts, 2 = set aside while its thread waits for GPU work */
     uint32_t waiting, word, woken, reserved;
     uint64_t deadline_ns;
+    uint64_t thread; /* which thread of its process is this participant */
     char name[SIM_NAME];
 };
 

@@ -106,22 +106,21 @@ void sim_settle_clients(struct sim *sim) {
 }
 
 void sim_lifetime_open(struct sim *sim) {
+    bool cold = false;
     pthread_mutex_lock(&attach_mutex);
     if (sim->lifetime_users++ == 0) {
         sim->lifetime_fd = open(sim->path, O_RDWR | O_CLOEXEC);
         if (sim->lifetime_fd >= 0) {
             if (flock(sim->lifetime_fd, LOCK_EX | LOCK_NB) == 0) {
-                bool cold = false;
                 for (uint32_t g = 0; g < sim->node->config.gpus; g++) cold |= !sim->node->gpus[g].persistence;
                 forget_settings(sim);
-                double open_s = sim->node->config.first_open_s * sim->node->config.latency;
-                if (cold && open_s > 0)
-                    sim_sleep_until(sim, sim_now(sim->node) + (uint64_t)(open_s * (double)SIM_SECOND));
             }
             flock(sim->lifetime_fd, LOCK_SH);
         }
     }
     pthread_mutex_unlock(&attach_mutex);
+    double open_s = sim->node->config.first_open_s * sim->node->config.latency;
+    if (cold && open_s > 0) sim_sleep_until(sim, sim_now(sim->node) + (uint64_t)(open_s * (double)SIM_SECOND));
 }
 
 void sim_lifetime_close(struct sim *sim) {
@@ -215,6 +214,7 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
     int row = -1;
     for (int i = 0; i < MAX_MAPS; i++) {
         if (maps[i] && strcmp(maps[i]->path, path) == 0) {
+            maps[i]->users++;
             pthread_mutex_unlock(&attach_mutex);
             return maps[i];
         }
@@ -230,22 +230,29 @@ SIM_API struct sim *powerd_sim_map(const char *path) {
             node->size == sizeof *node) {
             sim = calloc(1, sizeof *sim);
             sim->node = node;
-            sim->fd = fd;
+            /* Locks get a file description of their own: the mapping, which a forked child keeps, holds this one. */
+            sim->fd = open(path, O_RDWR | O_CLOEXEC);
             sim->lifetime_fd = sim->proc = -1;
+            sim->users = 1;
             snprintf(sim->path, sizeof sim->path, "%s", path);
             maps[row] = sim;
         } else if (node != MAP_FAILED) {
             munmap(node, sizeof *node);
         }
     }
-    if (!sim && fd >= 0) close(fd);
+    if (fd >= 0) close(fd);
     pthread_mutex_unlock(&attach_mutex);
     return sim;
 }
 
 SIM_API void powerd_sim_unmap(struct sim *sim) {
     pthread_mutex_lock(&attach_mutex);
+    if (--sim->users > 0) {
+        pthread_mutex_unlock(&attach_mutex);
+        return;
+    }
     if (current == sim) current = NULL;
+    sim_forget(sim);
     for (int i = 0; i < MAX_MAPS; i++)
         if (maps[i] == sim) maps[i] = NULL;
     close(sim->fd);

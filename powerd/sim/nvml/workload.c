@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define LOOK_FOR_DEAD_NS 100000000ull /* real time between looks for work whose process died */
 #define HORIZON_NS (120 * SIM_SECOND)
 
 void sim_changed(struct sim_node *node, struct sim_gpu *gpu) {
@@ -25,6 +26,11 @@ void sim_refresh(struct sim *sim, struct sim_gpu *gpu) {
     if (now <= at || (sim->node->config.mode != SIM_STEPPED && now - at < 1000000)) return;
     sim_lock(&gpu->mutex);
     sim_advance_gpu(sim->node, gpu, now);
+    uint64_t real = sim_real_ns();
+    if (real - gpu->looked_real_ns > LOOK_FOR_DEAD_NS) {
+        gpu->looked_real_ns = real;
+        sim_drop_dead_work(sim, gpu);
+    }
     sim_unlock(&gpu->mutex);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import pynvml as p
@@ -34,7 +35,7 @@ def test_each_model_reports_its_own_constants(nvml: Any, model: str) -> None:
     clocks = p.nvmlDeviceGetSupportedGraphicsClocks(gpu, memory[0])
     assert clocks[0] == constants.clock_max_mhz
     assert clocks[-1] == constants.clock_min_mhz
-    assert {a - b for a, b in zip(clocks, clocks[1:], strict=False)} == {15}
+    assert {a - b for a, b in itertools.pairwise(clocks)} == {15}
     assert p.nvmlDeviceGetMemoryInfo(gpu).total == constants.memory_bytes
 
 
@@ -77,7 +78,12 @@ def test_locked_clocks_are_a_range_snapped_to_the_table(nvml: Any) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(TDP, TDP, [1410, 1410]), (UNLIMITED, TDP, [210, 1410]), (TDP, UNLIMITED, [1410, 1410]), (UNLIMITED, UNLIMITED, None)],
+    [
+        (TDP, TDP, [1410, 1410]),
+        (UNLIMITED, TDP, [210, 1410]),
+        (TDP, UNLIMITED, [1410, 1410]),
+        (UNLIMITED, UNLIMITED, None),
+    ],
 )
 def test_symbolic_locks_resolve(nvml: Any, low: int, high: int, expected: list[int] | None) -> None:
     node, (gpu, _) = nvml()

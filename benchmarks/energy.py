@@ -1,0 +1,264 @@
+"""Energy windows against the truth of the stepped simulated driver: random length, phase and load.
+
+House rules: the windows see readings only, the truth scores them; powerd's own sampling path reads NVML; seeded and exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pynvml as _pynvml
+
+from powerd.api import EnergyFigure
+from powerd.clock import NS, RealClock, Waiter
+from powerd.energy import SensorErrors
+from powerd.model import EnergyMethod, Health, Reading, Snapshot
+from powerd.sim.layout import Item
+from powerd.sim.node import SimNode, create
+from powerd.sim.workload import BLOCKED, LOAD, Context
+from powerd.windows import EnergyWindows
+
+KERNELS = ("gemm", "prefill", "decode", "mixed")
+_WARM_UP_NS = 3 * NS
+pynvml: Any = _pynvml  # it has no types
+
+
+class NodeClock(RealClock):
+    """The time of a simulated node of this process; nobody waits on it, the driver of the campaign moves it."""
+
+    simulated = True
+    scale = 0.0
+
+    def __init__(self, node: SimNode) -> None:
+        self._node = node
+
+    def now_ns(self) -> int:
+        return self._node.now_ns()
+
+    def wall_ns(self) -> int:
+        return self._node.now_ns()
+
+    def waiter(self, name: str) -> Waiter:
+        raise NotImplementedError("the campaign moves time itself")
+
+
+class Poller:
+    """Reads every GPU of the node through NVML and makes snapshots, as powerd-hw does."""
+
+    def __init__(self, node: SimNode, *, counter: bool = True) -> None:
+        self._node = node
+        self._counter = counter  # False: as if these GPUs had none
+        count = pynvml.nvmlDeviceGetCount()
+        self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        self.uuids = [pynvml.nvmlDeviceGetUUID(h) for h in self._handles]
+        self._seen: list[tuple[int, int, int]] = [(-1, 0, 1)] * count  # counter, first seen, epoch
+        self._seq = 0
+
+    def read(self) -> Snapshot:
+        """One snapshot now."""
+        now = self._node.now_ns()
+        self._seq += 1
+        readings = []
+        for index, handle in enumerate(self._handles):
+            limit_mw = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+            reading = Reading(
+                self.uuids[index], now, Health.UP, 1, power_mw=_power_mw(handle), power_limit_enforced_mw=limit_mw,
+                energy_method=EnergyMethod.COUNTER if self._counter else EnergyMethod.INTEGRATED,
+            )  # fmt: skip
+            if self._counter:
+                energy, first, epoch = self._seen[index]
+                value = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+                if value != energy:
+                    self._seen[index] = energy, first, epoch = value, now, epoch + (value < energy)
+                reading = replace(reading, epoch=epoch, energy_mj=energy, energy_time_ns=first)
+            readings.append(reading)
+        return Snapshot(self._seq, now, now, tuple(readings))
+
+
+def _power_mw(handle: object) -> int:
+    """The instantaneous power, as powerd-hw reads it; NVML's plain call is a one-second average on many GPUs."""
+    value = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])[0]
+    return int(value.value.uiVal)
+
+
+@contextmanager
+def polled_node(model: str, gpus: int, seed: int, *, counter: bool = True) -> Iterator[tuple[SimNode, Poller]]:
+    """A stepped node of this process without injected latency, NVML opened on it, and who reads it."""
+    with create(model, gpus, time="stepped", seed=seed, latency=0.0, first_open_s=0.0) as node:
+        node.load()
+        pynvml.nvmlInit()
+        try:
+            yield node, Poller(node, counter=counter)
+        finally:
+            pynvml.nvmlShutdown()
+
+
+class Load:
+    """Drives one GPU through idle, steady and fast switching phases."""
+
+    def __init__(self, node: SimNode, gpu: int, rng: random.Random) -> None:
+        self._node, self._gpu, self._rng = node, gpu, rng
+        self._context = Context(gpu, node=node)
+        self._phase, self._phase_end_ns = "idle", 0
+
+    def step(self) -> int:
+        """Begin the next piece of load; returns when it ends."""
+        now, rng = self._node.now_ns(), self._rng
+        if now >= self._phase_end_ns:
+            self._phase = rng.choice(("idle", "steady", "switching", "switching"))
+            self._phase_end_ns = now + round(rng.uniform(4, 40) * NS)
+        end = self._phase_end_ns
+        if self._phase == "switching":
+            end = min(end, now + round(rng.uniform(0.3, 3.0) * NS))
+        if self._phase != "idle":
+            state = BLOCKED if self._phase == "switching" and rng.random() < 0.25 else LOAD
+            kernel, activity = self._context.kernel(rng.choice(KERNELS)), rng.uniform(0.3, 1.0)
+            library, row = self._node.library, self._context._row
+            code = library.powerd_sim_work_submit(
+                self._node.pointer, self._gpu, row, state, (Item * 1)(), 0, activity, kernel, end - now
+            )
+            if code:
+                raise RuntimeError(f"the simulated GPU refused the load (code {code})")
+        return max(end, now + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One window's answer beside the truth."""
+
+    seconds: float
+    true_j: float
+    figure: EnergyFigure
+
+    @property
+    def covered(self) -> bool:
+        """Whether the truth lies in the reported interval."""
+        low, high = self.figure.low_j, self.figure.high_j
+        return low is not None and high is not None and low <= self.true_j <= high
+
+    @property
+    def error(self) -> float:
+        """Signed relative error of the figure."""
+        assert self.figure.energy_j is not None
+        return self.figure.energy_j / self.true_j - 1
+
+    @property
+    def width(self) -> float:
+        """Half the interval relative to the truth."""
+        assert self.figure.low_j is not None
+        assert self.figure.high_j is not None
+        return (self.figure.high_j - self.figure.low_j) / 2 / self.true_j
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One campaign: so many windows of 2-30 s at random phase on one node."""
+
+    model: str
+    windows: int
+    seed: int = 1
+    gpus: int = 8
+    sample_hz: float = 10.0
+    jitter_s: float = 0.003  # by so much a sample may be late
+    counter: bool = True
+    wait: bool = True  # for the closing sample
+    errors: SensorErrors = field(default_factory=SensorErrors)
+
+
+def campaign(setup: Setup, progress: Callable[[float], None] | None = None) -> list[Scored]:
+    """Run it and score every window against the truth."""
+    with polled_node(setup.model, setup.gpus, setup.seed, counter=setup.counter) as (node, poller):
+        return asyncio.run(_Campaign(node, poller, setup, progress).go())
+
+
+class _Campaign:
+    def __init__(self, node: SimNode, poller: Poller, setup: Setup, progress: Callable[[float], None] | None) -> None:
+        self._node, self._poller, self._setup, self._progress = node, poller, setup, progress
+        self._rng = rng = random.Random(setup.seed)  # noqa: S311
+        self._period_ns = round(NS / setup.sample_hz)
+        self._windows = EnergyWindows(NodeClock(node), self._period_ns, setup.errors)
+        windows = setup.windows
+        self._loads = [Load(node, gpu, rng) for gpu in range(node.gpus)]
+        self._events: list[tuple[int, int, Callable[[], None]]] = []
+        self._scored: list[Scored] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._count = 0
+        begin = node.now_ns()
+        self._first_tick_ns = begin + round(rng.uniform(0, self._period_ns))
+        self._tick = 0
+        self._at(self._first_tick_ns, self._observe)
+        for gpu, load in enumerate(self._loads):
+            self._at(begin + gpu + 1, lambda load=load: self._step(load))  # type: ignore[misc]
+        span_ns = windows // node.gpus * 4 * NS  # about four windows of a GPU overlap
+        for number in range(windows):
+            at = begin + _WARM_UP_NS + round(rng.uniform(0, span_ns))
+            self._at(at, lambda gpu=number % node.gpus: self._begin(gpu))  # type: ignore[misc]
+        self._left, self._wanted = windows, windows
+
+    def _at(self, at_ns: int, what: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (at_ns, self._count, what))
+
+    def _observe(self) -> None:
+        self._windows.observe(self._poller.read())
+        self._tick += 1
+        late_ns = round(self._rng.uniform(0, self._setup.jitter_s) * NS)
+        self._at(self._first_tick_ns + self._tick * self._period_ns + late_ns, self._observe)
+
+    def _step(self, load: Load) -> None:
+        self._at(load.step(), lambda: self._step(load))
+
+    def _begin(self, gpu: int) -> None:
+        view = self._windows.begin([self._poller.uuids[gpu]])
+        true_mj = self._node.true_energy_mj(gpu)
+        self._at(view.begin_ns + round(self._rng.uniform(2, 30) * NS), lambda: self._end(gpu, view.id, true_mj))
+
+    def _end(self, gpu: int, window: str, begin_mj: float) -> None:
+        true_j = (self._node.true_energy_mj(gpu) - begin_mj) / 1000
+        self._tasks.append(asyncio.ensure_future(self._score(window, true_j)))
+
+    async def _score(self, window: str, true_j: float) -> None:
+        view = await self._windows.end(window, self._setup.wait)
+        assert view.duration_s is not None
+        self._scored.append(Scored(view.duration_s, true_j, view.figures[0]))
+        self._left -= 1
+
+    async def go(self) -> list[Scored]:
+        ended = 0
+        while self._left:
+            at_ns, _, what = heapq.heappop(self._events)
+            if (ahead := at_ns - self._node.now_ns()) > 0:
+                self._node.advance(ahead / NS)
+            what()
+            for _ in range(3):  # let windows that wait for this sample end
+                await asyncio.sleep(0)
+            if self._progress and self._wanted - self._left != ended:
+                ended = self._wanted - self._left
+                self._progress(ended / self._wanted)
+        for task in self._tasks:
+            task.result()
+        return self._scored
+
+
+def summary(scored: list[Scored]) -> dict[str, float]:
+    """The figures that are reported: coverage, errors from 10 s on, widths of the interval."""
+    long = [s for s in scored if s.seconds >= 10]
+    short = [s for s in scored if s.seconds < 5]
+    return {
+        "windows": len(scored),
+        "covered_percent": 100 * sum(s.covered for s in scored) / len(scored),
+        "mean_abs_error_from_10_s_percent": 100 * statistics.fmean(abs(s.error) for s in long),
+        "mean_error_from_10_s_percent": 100 * statistics.fmean(s.error for s in long),
+        "worst_error_from_10_s_percent": 100 * max(abs(s.error) for s in long),
+        "mean_abs_error_below_5_s_percent": 100 * statistics.fmean(abs(s.error) for s in short) if short else float("nan"),
+        "median_half_width_percent": 100 * statistics.median(s.width for s in scored),
+        "median_half_width_from_10_s_percent": 100 * statistics.median(s.width for s in long),
+        "median_half_width_below_5_s_percent": 100 * statistics.median(s.width for s in short) if short else float("nan"),
+    }

@@ -1,0 +1,426 @@
+"""The embedded store: what is kept, what survives, what happens when the disk does not play along."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from powerd.clock import NS, RealClock
+from powerd.config import StoreConfig
+from powerd.errors import RequestError, UnavailableError
+from powerd.model import Event, Health, Reading, Snapshot
+from powerd.sinks import writer
+from powerd.sinks.columns import COLUMNS, TABLES
+from powerd.sinks.store import MAX_SCAN_ROWS, Store
+
+A, B = (f"GPU-00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
+T0 = 1_800_000_000 // 3600 * 3600  # a whole hour
+
+
+def snapshot(second: float, gpus: tuple[str, ...] = (A, B), **fields: object) -> Snapshot:
+    ns = round((T0 + second) * NS)
+    return Snapshot(0, ns, ns, tuple(Reading(uuid, ns, Health.UP, 1, **fields) for uuid in gpus))
+
+
+def store(path: Path, config: StoreConfig | None = None) -> Store:
+    return Store(path / "store.sqlite", config or StoreConfig(), RealClock())
+
+
+def fill(target: Store, seconds: range, hz: int = 1, gpus: tuple[str, ...] = (A, B)) -> None:
+    """Energy rises by 300 J a second, power is 100 W times the second's last digit."""
+    for second in seconds:
+        while target.stats().backlog > 2000:
+            time.sleep(0.001)
+        for part in range(hz):
+            target.append(snapshot(second + part / hz, gpus, energy_mj=300_000 * second + part, power_mw=100_000 * (second % 10)))
+
+
+def wait_until_rows(target: Store, rows: int) -> None:
+    """The writer works once a second; a full batch wakes it."""
+    deadline = time.monotonic() + 30
+    while target.stats().rows < rows:
+        assert time.monotonic() < deadline, target.stats()
+        time.sleep(0.02)
+
+
+def test_ten_samples_a_second_become_one_row_of_means_and_last_values(tmp_path: Path):
+    first = store(tmp_path)
+    for tenth in range(20):
+        first.append(
+            snapshot(
+                tenth / 10, energy_mj=1000 + tenth, power_mw=100_000 + 1000 * (tenth % 10), temperature_c=None,
+                clock_event_reasons=1 << (tenth % 3), memory_used_bytes=3 << 30,
+            )
+        )  # fmt: skip
+    first.close()
+    second = store(tmp_path)
+    columns = ["power_mw", "energy_mj", "temperature_c", "clock_event_reasons", "memory_used_bytes", "sm_clock_mhz"]
+    view = second.history([A], T0, T0 + 10, 100, columns)
+    second.close()
+    (series,) = view.series
+    assert (view.table, series.step_s, series.time_s) == ("raw", 1.0, (T0, T0 + 1))
+    assert series.columns["power_mw"] == (104_500.0, 104_500.0)
+    assert series.columns["energy_mj"] == (1009.0, 1019.0)
+    assert series.columns["clock_event_reasons"] == (7.0, 7.0)
+    assert series.columns["memory_used_bytes"] == (3 << 30, 3 << 30)
+    assert series.columns["temperature_c"] == series.columns["sm_clock_mhz"] == (None, None)
+
+
+def test_a_lost_gpu_leaves_a_hole_and_no_zero(tmp_path: Path):
+    first = store(tmp_path)
+    first.append(snapshot(0, power_mw=100_000))
+    first.append(snapshot(1))
+    first.append(snapshot(2, power_mw=100_000))
+    first.close()
+    again = store(tmp_path)
+    assert again.history([A], T0, T0 + 5, 5, ["power_mw"]).series[0].time_s == (T0, T0 + 2)
+    again.close()
+
+
+def test_rollups_agree_with_raw_rows_and_energy_differences_telescope(tmp_path: Path):
+    first = store(tmp_path)
+    fill(first, range(0, 2 * 3600 + 65))
+    first.close()
+    again = store(tmp_path)
+    tables = {}
+    for table, step in TABLES.items():
+        rows = list(again.rows([A], T0, T0 + 7200, ["power_mw", "power_mw_max", "power_mw_min", "energy_mj"], table))
+        assert len(rows) == 7200 // step
+        assert [r[0] for r in rows] == [T0 + step * n for n in range(7200 // step)]
+        tables[table] = rows
+    again.close()
+    for table in ("r60", "r3600"):
+        assert {r[2:5] for r in tables[table]} == {(450_000.0, 900_000.0, 0.0)}
+        step = TABLES[table]
+        energies = [r[5] for r in tables[table]]
+        assert energies == [300_000.0 * (step * (n + 1) - 1) for n in range(7200 // step)]
+        assert energies[-1] == tables["raw"][-1][5]
+
+
+def test_the_last_known_counter_is_kept_when_the_newest_sample_has_none(tmp_path: Path):
+    first = store(tmp_path)
+    fill(first, range(0, 50))
+    for second in range(50, 125):
+        first.append(snapshot(second, power_mw=50_000))
+    first.close()
+    again = store(tmp_path)
+    rows = list(again.rows([A], T0, T0 + 120, ["energy_mj"], "r60"))
+    again.close()
+    assert [r[2] for r in rows] == [300_000.0 * 49, None]
+
+
+def test_rollups_go_on_where_an_earlier_run_ended(tmp_path: Path):
+    for part in (range(0, 90), range(90, 200)):
+        one = store(tmp_path)
+        fill(one, part)
+        one.close()
+    again = store(tmp_path)
+    rows = list(again.rows([A], T0, T0 + 180, ["power_mw", "energy_mj"], "r60"))
+    again.close()
+    assert [r[3] for r in rows] == [300_000.0 * 59, 300_000.0 * 119, 300_000.0 * 179]
+    assert {r[2] for r in rows} == {450_000.0}
+
+
+def test_a_wall_clock_that_steps_back_is_rolled_up_anew(tmp_path: Path):
+    one = store(tmp_path)
+    fill(one, range(0, 200))
+    wait_until_rows(one, 199 * 2)
+    for second in range(60, 120):
+        one.append(snapshot(second, energy_mj=5, power_mw=900_000))
+    fill(one, range(200, 310))
+    one.close()
+    again = store(tmp_path)
+    rows = {r[0] - T0: r[2] for r in again.rows([A], T0, T0 + 300, ["power_mw"], "r60")}
+    again.close()
+    assert rows == {0: 450_000, 60: 900_000, 120: 450_000, 180: 450_000, 240: 450_000}
+
+
+def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path):
+    config = StoreConfig(raw_hours=1.0)
+    for begin in range(0, 4 * 3600, 1800):
+        one = store(tmp_path, config)
+        fill(one, range(begin, begin + 1800, 10))
+        one.close()
+    for minute in range(40):  # each minute may delete ten minutes' worth
+        one = store(tmp_path, config)
+        fill(one, range(4 * 3600 + 60 * minute, 4 * 3600 + 60 * minute + 1), gpus=(A,))
+        one.close()
+    again = store(tmp_path, config)
+    for uuid in (A, B):
+        oldest = next(again.rows([uuid], 0, T0 + 10**6, ["power_mw"], "raw"), (T0 + 10**6,))[0]
+        assert oldest >= T0 + 4 * 3600 + 39 * 60 - 3600
+        assert next(again.rows([uuid], 0, T0 + 10**6, ["power_mw"], "r60"))[0] == T0
+    again.close()
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 hours of 1 Hz rows of two GPUs."""
+    path = tmp_path_factory.mktemp("big")
+    one = store(path)
+    one.append(snapshot(0, power_mw=1))
+    one.close()
+    with sqlite3.connect(path / "store.sqlite") as connection:
+        names = [c.name for c in COLUMNS]
+        power = names.index("power_mw")
+        values = [0] * len(names)
+        values[power] = 3000
+        rows = ((gpu, T0 + second, *values) for gpu in (1, 2) for second in range(40 * 3600))
+        connection.executemany(f"INSERT OR REPLACE INTO raw VALUES (?, ?{', ?' * len(names)})", rows)
+    one = store(path)
+    one.append(snapshot(40 * 3600, power_mw=1))
+    one.append(snapshot(40 * 3600 + 1, power_mw=1))
+    one.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("hours", "points", "table", "step_s"),
+    [(1, 100, "raw", 36), (10, 3600, "raw", 10), (40, 1000, "r60", 180), (40, 100, "r60", 1440)],
+)
+def test_the_range_picks_the_table_and_points_bound_the_answer(big: Path, hours: int, points: int, table: str, step_s: int):
+    one = store(big)
+    view = one.history([A, B], T0, T0 + hours * 3600, points, ["power_mw"])
+    one.close()
+    assert view.table == table
+    for series in view.series:
+        assert series.step_s == step_s
+        assert 0 < len(series.time_s) <= points + 1
+        assert set(series.columns["power_mw"]) <= {300_000.0} | set(series.columns["power_mw"][-1:])
+
+
+def test_no_query_scans_more_rows_than_promised(big: Path, monkeypatch: pytest.MonkeyPatch):
+    from powerd.sinks import store as module
+
+    asked = []
+    real = module.select
+    monkeypatch.setattr(module, "select", lambda table, *a, **k: asked.append(table) or real(table, *a, **k))
+    one = store(big)
+    for hours in (0.1, 1, 5, 13, 14, 30, 40, 24 * 365):
+        view = one.history([A, B], T0, T0 + hours * 3600, 500, ["power_mw"])
+        assert 2 * min(hours, 40) * 3600 / TABLES[view.table] <= MAX_SCAN_ROWS
+        assert set(asked) == {view.table}
+        asked.clear()
+    one.close()
+
+
+def test_a_long_range_over_young_data_is_answered_from_the_finest_rows(tmp_path: Path):
+    one = store(tmp_path)
+    fill(one, range(0, 300))
+    one.close()
+    again = store(tmp_path)
+    view = again.history([A], T0 - 30 * 86_400, T0 + 300, 500, ["energy_mj"])
+    again.close()
+    assert view.table == "raw"
+    assert len(view.series[0].time_s) == 300
+
+
+def test_unknown_columns_ranges_and_gpus(tmp_path: Path):
+    one = store(tmp_path)
+    fill(one, range(0, 3))
+    one.close()
+    again = store(tmp_path)
+    with pytest.raises(RequestError, match="power_mw"):
+        again.history([A], T0, T0 + 10, 5, ["powr_mw"])
+    with pytest.raises(RequestError):
+        again.history([A], T0 + 10, T0, 5)
+    with pytest.raises(RequestError):
+        again.history([A], T0, T0 + 10, 0)
+    nobody = "GPU-00000000-0000-0000-0000-0000000000ff"
+    assert again.history([nobody], T0, T0 + 10, 5).series[0].time_s == ()
+    again.close()
+
+
+def test_events_come_back_as_they_went_in(tmp_path: Path):
+    one = store(tmp_path)
+    event = Event(7, 5, T0 * NS, "drift", A, "sm_clock", "changed by pid 9", {"to_mhz": 1200, "held": None})
+    one.append_event(event)
+    one.close()
+    again = store(tmp_path)
+    (stored,) = again.events(T0 - 1, T0 + 1)
+    again.close()
+    assert (stored.kind, stored.uuid, stored.subject, stored.detail, dict(stored.data)) == (
+        "drift", A, "sm_clock", "changed by pid 9", {"to_mhz": 1200, "held": None},
+    )  # fmt: skip
+    assert stored.wall_ns == T0 * NS
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from powerd.clock import NS, RealClock
+from powerd.config import StoreConfig
+from powerd.model import Health, Reading, Snapshot
+from powerd.sinks.store import Store
+
+store = Store(Path(sys.argv[1]), StoreConfig(), RealClock())
+T0 = int(sys.argv[2])
+second, told = 0, 0
+while True:
+    for tenth in range(10):
+        ns = (T0 + second) * NS + tenth * NS // 10
+        store.append(Snapshot(0, ns, ns, (Reading(sys.argv[3], ns, Health.UP, 1, second * 300_000, ns, 300_000),)))
+    second += 1
+    while store.stats().rows < second - 60:
+        pass
+    if store.stats().rows >= told + 500:
+        told = store.stats().rows
+        print(told, flush=True)
+"""
+
+
+def test_sigkill_loses_nothing_that_was_committed(tmp_path: Path):
+    path = tmp_path / "store.sqlite"
+    for round_number in range(3):
+        t0 = T0 + round_number * 100_000
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), str(t0), A], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            told = [int(process.stdout.readline()) for _ in range(2)][-1]
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        again = store(tmp_path)
+        rows = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "raw"))
+        minutes = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "r60"))
+        assert again.stats().quarantined == 0
+        again.close()
+        assert len(rows) >= told
+        assert [r[2] for r in rows] == [300_000.0 * n for n in range(len(rows))]
+        assert all(r[2] == 300_000.0 * (r[0] - t0 + 59) for r in minutes[:-1])
+        with sqlite3.connect(path) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+FULL = """
+import json, resource, sys, time
+from pathlib import Path
+from powerd.clock import NS, RealClock
+from powerd.config import StoreConfig
+from powerd.model import Health, Reading, Snapshot
+from powerd.sinks import writer
+from powerd.sinks.store import Store
+
+writer.RETRY_ROUNDS = 0
+store = Store(Path(sys.argv[1]), StoreConfig(), RealClock())
+T0 = int(sys.argv[2])
+second = 0
+
+def put(seconds):
+    global second
+    for _ in range(seconds):
+        ns = (T0 + second) * NS
+        store.append(Snapshot(0, ns, ns, (Reading(sys.argv[3], ns, Health.UP, 1, second * 300_000, ns, 300_000),)))
+        second += 1
+
+def wait(what):
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end, store.stats()
+        time.sleep(0.01)
+
+put(200)
+wait(lambda: store.stats().rows >= 199)
+size = store.stats().size_bytes
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+slowest = 0.0
+while not store.stats().errors:
+    begin = time.monotonic()
+    put(1000)
+    slowest = max(slowest, time.monotonic() - begin)
+    time.sleep(0.05)
+full = store.stats()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+put(100)
+store.close()
+after = store.stats()
+print(json.dumps({"problem": full.problem, "errors": full.errors, "rows": after.rows, "sent": second, "dropped": after.dropped,
+                  "after": after.problem}))
+"""
+
+
+def test_a_full_disk_is_told_counted_and_forgotten_when_there_is_room_again(tmp_path: Path):
+    import json
+
+    path = tmp_path / "store.sqlite"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path), str(T0), A], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["errors"] >= 1
+    assert "store.sqlite" in told["problem"]
+    assert told["after"] == ""
+    assert told["rows"] + told["dropped"] >= told["sent"]
+    again = store(tmp_path)
+    rows = list(again.rows([A], T0, T0 + told["sent"], ["energy_mj"]))
+    again.close()
+    assert len(rows) == told["rows"]
+
+
+def test_a_place_that_cannot_be_written_degrades_and_never_raises(tmp_path: Path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    one = Store(blocked / "store.sqlite", StoreConfig(), RealClock())
+    fill(one, range(0, 200))
+    one.append_event(Event(1, 1, 1, "drift"))
+    with pytest.raises(UnavailableError):
+        one.history([A], T0, T0 + 10)
+    one.close()
+    stats = one.stats()
+    assert stats.errors >= 1
+    assert stats.rows == 0
+    assert "file" in stats.problem
+
+
+def test_a_corrupt_file_is_put_aside_and_a_new_one_begun(tmp_path: Path):
+    (tmp_path / "store.sqlite").write_bytes(b"this is not a database" * 1000)
+    one = store(tmp_path)
+    fill(one, range(0, 200))
+    one.close()
+    assert one.stats().quarantined == 1
+    assert len(list(tmp_path.glob("store.sqlite.corrupt-*"))) == 1
+    again = store(tmp_path)
+    assert len(list(again.rows([A], T0, T0 + 200, ["energy_mj"]))) == 200
+    again.close()
+
+
+def test_a_file_torn_in_the_middle_is_put_aside_when_it_is_noticed(tmp_path: Path):
+    one = store(tmp_path)
+    fill(one, range(0, 2000))
+    one.close()
+    path = tmp_path / "store.sqlite"
+    data = bytearray(path.read_bytes())
+    for offset in range(4096, len(data), 4096):
+        data[offset : offset + 4096] = b"\xff" * min(4096, len(data) - offset)
+    path.write_bytes(data)
+    again = store(tmp_path)
+    fill(again, range(2000, 2200))
+    again.close()
+    assert again.stats().quarantined == 1
+    assert again.stats().problem == ""
+    assert again.stats().rows == 400
+
+
+def test_a_writer_that_is_stuck_costs_rows_and_never_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import threading
+
+    gate = threading.Event()
+    real = writer.Writer._guarded
+    monkeypatch.setattr(writer.Writer, "_guarded", lambda self: (gate.wait(), real(self))[1])
+    one = store(tmp_path)
+    for number in range(20_000):
+        one.append(snapshot(number / 10, (A,), power_mw=1))
+    assert one.stats().dropped > 10_000
+    gate.set()
+    one.close()
+    assert one.stats().rows > 0
+
+
+def test_columns_are_fields_of_a_reading():
+    assert {c.name for c in COLUMNS} <= set(Reading.__dataclass_fields__)

@@ -39,26 +39,38 @@ TimeoutAbortSec=1
 """
 
 
-def truth(container: Container) -> Truth:
+# Reads the truth like `powerd sim show --json`, in one process until it is as wanted, and prints the last that it saw.
+LOOK = """
+import json, sys, time
+from powerd.sim.node import attach
+wanted, until = json.loads(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+with attach() as node:
+    while True:
+        found = [[gpu["limit_mw"], gpu["locked_clocks_mhz"]] for gpu in node.show()["gpus"]]
+        if wanted in (None, found) or time.monotonic() > until:
+            break
+        time.sleep(0.05)
+print(json.dumps(found))
+"""
+
+
+def truth(container: Container, wanted: Truth | None = None, timeout_s: float = 0) -> Truth:
     """Per GPU the power limit in mW and the locked clocks, from the simulated driver itself."""
-    gpus = json.loads(container.run(f". {SHARED}/environment; {SIM} show --json").stdout)["gpus"]
-    return [(gpu["limit_mw"], gpu["locked_clocks_mhz"]) for gpu in gpus]
+    arguments = f"'{json.dumps(wanted)}' {timeout_s}"
+    look = container.run(f". {SHARED}/environment; {nspawn.PYTHON} {SHARED}/look.py {arguments}", timeout_s=timeout_s + 30)
+    return [(limit_mw, lock) for limit_mw, lock in json.loads(look.stdout)]
 
 
 def wait_for(container: Container, wanted: Truth, timeout_s: float = 30) -> None:
-    """Wait until the GPUs are set like this; shows what they were set to at the end."""
-    program = (
-        "import json, sys; "
-        f"found = [[g['limit_mw'], g['locked_clocks_mhz']] for g in json.load(sys.stdin)['gpus']]; "
-        f"print(found); sys.exit(found != {[list(gpu) for gpu in wanted]!r})"
-    )
-    container.wait(f'. {SHARED}/environment; {SIM} show --json | {nspawn.PYTHON} -c "{program}"', timeout_s)
+    """Wait until the GPUs are set like this; a failure shows what they were set to at the end."""
+    assert truth(container, wanted, timeout_s) == wanted
 
 
 def start_node(container: Container) -> None:
     """A simulated node that lives as long as the container, and the drop-ins through which both units see it."""
     (container.shared / "node").mkdir()
     (container.shared / "cache").mkdir()
+    (container.shared / "look.py").write_text(LOOK)
     command = f"{SIM} run --gpus {GPUS} --model a100-sxm-500w --perm root -- sleep infinity"
     container.run(f"systemd-run --quiet --unit=node {SIM_ENVIRONMENT} {command}")
     sleeper = container.wait("pgrep --exact sleep", 20).split()[0]

@@ -89,7 +89,7 @@ class Poller:
         now = self._clock.now_ns()
         self._seq += 1
         for sampler in self._samplers:
-            sampler.sample(now)
+            sampler.sample()
         return Snapshot(self._seq, now, now, tuple(sampler.reading for sampler in self._samplers))
 
 

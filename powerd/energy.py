@@ -258,9 +258,12 @@ class Track:
         """Past the newest counter value: by power readings, held from the newest one on."""
         last = self._points[-1]
         newest, lowest, highest = self._recent()
-        inside = [float(p) for t, p in self._powers if last.at_ns < t <= at_ns] or [newest]
-        span_s = (at_ns - last.at_ns) / NS
-        energy_mj = span_s * sum(inside) / len(inside)
+        span_s, energy_mj, done_ns = (at_ns - last.at_ns) / NS, 0.0, last.at_ns
+        for sample_ns, power_mw in self._powers:  # a reading tells of the time before it
+            if last.at_ns < sample_ns <= at_ns:
+                energy_mj += power_mw * (sample_ns - done_ns) / NS
+                done_ns = sample_ns
+        energy_mj += next((p for t, p in self._powers if t > at_ns), newest) * (at_ns - done_ns) / NS
         blind_s = max(0, at_ns - self._time_ns) / NS  # nothing was read in this part: it may be anything seen lately, or a switch
         reach = max(highest, self._limit_mw or 0.0 if blind_s > self.errors.refresh_ns / NS else 0.0)
         shift = highest * last.age_ns / NS

@@ -79,8 +79,10 @@ def _between(before: _Point, after: _Point, at_ns: int, share: float) -> _Point:
 class Track:
     """One GPU's ledger; feed it every reading, ask it for edges."""
 
-    def __init__(self, errors: SensorErrors | None = None) -> None:
+    def __init__(self, errors: SensorErrors | None = None, period_ns: int | None = None) -> None:
         self.errors = errors or SensorErrors()
+        self._period_ns = period_ns
+        self._late_ns = 0  # by how much samples have lately come off their period
         self.breaks = 0  # times after which nothing is known of what came before
         self.lost = False
         self.has_counter = False
@@ -110,6 +112,10 @@ class Track:
             return
         self.lost = False
         previous_ns, self._time_ns = self._time_ns, reading.time_ns
+        if self._period_ns and previous_ns:
+            # A machine too busy to sample on time may also have been late between the time stamp and the driver's answer.
+            off_ns = min(abs(reading.time_ns - previous_ns - self._period_ns), 2 * self.errors.refresh_ns)
+            self._late_ns = max(off_ns, self._late_ns * 7 // 8)
         power_mw = reading.power_mw if reading.power_mw is not None else reading.power_average_mw
         if power_mw is not None:
             self._powers.append((reading.time_ns, power_mw))
@@ -144,8 +150,8 @@ class Track:
                 self._frozen = True
                 self._bridge(last, reading.time_ns, 1, reading.epoch, believed=True)
             return
-        age_ns = self._age(seen_ns, previous_ns)
-        at_ns = seen_ns - age_ns // 2
+        age_ns = self._age(seen_ns, previous_ns) + self._late_ns
+        at_ns = seen_ns + self._late_ns - age_ns // 2
         if last is None:
             self.epochs.append(reading.epoch)
             self._points.append(_Point(at_ns, age_ns, 0.0, 0.0, 0.0, 0.0, 0.0, 0, reading.epoch))

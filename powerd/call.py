@@ -5,6 +5,7 @@ House rules: unknown query parameters are refused with the nearest valid name; n
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Awaitable, Callable
@@ -92,6 +93,9 @@ def moment(text: str, now_s: float) -> float:
     if match := _AGO.fullmatch(text):
         return now_s - float(match[1]) * _UNITS_S[match[2]]
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise RequestError(f"{text[:40]!r} is no time", hint="Unix seconds, or 90s, 15m, 2h, 7d ago", code="bad_value") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise RequestError(f"{text[:40]!r} is no time", hint="Unix seconds, or 90s, 15m, 2h, 7d ago", code="bad_value")
+    return value

@@ -46,7 +46,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     """The request in a body. RequestError when it is not JSON, not of this type, or has unknown fields."""
     try:
         content = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", hint="send one JSON object") from error
     if not isinstance(content, dict):
         raise RequestError("the body has to be a JSON object")

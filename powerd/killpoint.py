@@ -7,8 +7,11 @@ House rules: a name is listed in KILL_POINTS or it is an error; without the envi
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
+
+from powerd.errors import ConfigError
 
 KILL_POINTS: tuple[str, ...] = (
     # powerd-hw worker: one set, from journal to verification
@@ -44,10 +47,15 @@ KILL_POINTS: tuple[str, ...] = (
 )
 
 _name, _, _count = os.environ.get("POWERD_KILL_AT", "").partition(":")
-_left = int(_count or "1")
 _once = os.environ.get("POWERD_KILL_ONCE", "")
 if _name and _name not in KILL_POINTS:
-    raise SystemExit(f"POWERD_KILL_AT: unknown kill point {_name!r}")
+    _close = difflib.get_close_matches(_name, KILL_POINTS, n=1)
+    raise ConfigError(
+        f"POWERD_KILL_AT: unknown kill point {_name!r}", hint=f"did you mean {_close[0]!r}?" if _close else "unset it"
+    )
+if _count and not _count.isdecimal():
+    raise ConfigError(f"POWERD_KILL_AT: {_count!r} is no number of passes", hint="write NAME or NAME:N")
+_left = int(_count or "1")
 
 
 def killpoint(name: str) -> None:

@@ -21,13 +21,15 @@ from powerd import clock as clocks
 from powerd import config as configuration
 from powerd.access import Rules
 from powerd.api import LeaseView, NodeView
+from powerd.arguments import Parser
 from powerd.clock import Clock
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_UNAVAILABLE, ConfigError, PowerdError, UnavailableError
+from powerd.tcp import check_tcp
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="powerd", description="Measures and sets GPU clocks and power limits on this node.")
+    parser = Parser(prog="powerd", description="Measures and sets GPU clocks and power limits on this node.")
     parser.add_argument("--version", action="version", version=f"powerd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run the daemon")
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             return _sim(words[1:])
         arguments = _parser().parse_args(words)
         if arguments.command == "check-config":
-            configuration.load(arguments.file)
+            check_tcp(configuration.load(arguments.file).tcp)
             print(f"{arguments.file or configuration.default_file()}: good")
             return EXIT_OK
         return _run(arguments)
@@ -124,7 +126,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.node import Node, alive
     from powerd.notify import listen_sockets, notify, watchdog_ns
     from powerd.peer import group_id
-    from powerd.server import Server, bearer_token
+    from powerd.server import Server
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
     from powerd.sockets import bind, lock_state, make_dir
@@ -135,7 +137,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     run_dir, state_dir = configuration.run_dir(config), configuration.state_dir(config)
     make_dir(run_dir, 0o755)
     make_dir(state_dir, 0o700)
-    tcp_token = bearer_token(config.tcp)
+    tcp_token = check_tcp(config.tcp)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_state(state_dir))
         handed = listen_sockets()
@@ -202,7 +204,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             notify("RELOADING=1", f"MONOTONIC_USEC={clocks.RealClock().now_ns() // 1000}")
             try:
                 new = load_config(arguments)
-                tcp_token = bearer_token(new.tcp)
+                tcp_token = check_tcp(new.tcp)
                 engine.apply_config(new)
                 reload_error = ""
                 events.add("config_reloaded")

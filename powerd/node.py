@@ -68,6 +68,7 @@ class Node:
         self.status: Mapping[str, Any] = {}
         self.connected = False
         self.hw_problem = ""
+        self._hw_error = ""  # why hw cannot serve, in its own words: worth more than "not connected"
         self.generation: int | None = None
         self.driver_version: str | None = None
         self.sample_hz = sample_hz
@@ -78,7 +79,7 @@ class Node:
         self._health: dict[str, Health] = {}
 
     def hw_connected(self, hello: Mapping[str, Any]) -> None:
-        self.connected, self.hw_problem = True, ""
+        self.connected, self.hw_problem = True, self._hw_error
         self._generation(hello)
         driver = hello.get("driver")
         self.driver_version = driver if isinstance(driver, str) and driver else self.driver_version
@@ -90,7 +91,7 @@ class Node:
         self.generation = generation if isinstance(generation, int) else self.generation
 
     def hw_disconnected(self, why: str) -> None:
-        self.connected, self.hw_problem = False, why
+        self.connected, self.hw_problem = False, self._hw_error or why
         self.status = {}
         self.processes, self.users = {}, {}  # proof of ownership does not outlive its witness
 
@@ -120,6 +121,11 @@ class Node:
     def status_table(self, content: Mapping[str, Any]) -> None:
         self.status = dict(content)
         self._generation(content)
+        if error := content.get("error"):
+            self._hw_error = str(error)
+        elif content.get("serving"):
+            self._hw_error = ""
+        self.hw_problem = self._hw_error
 
     def health_change(self, reading: Reading) -> Health | None:
         """The new health of a GPU if it differs from the last one; a GPU is taken for up at first."""

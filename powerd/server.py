@@ -6,15 +6,14 @@ that is not a row of powerd.api.ROUTES.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import os
 import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,13 +26,19 @@ from powerd.call import Call, Handler
 from powerd.clock import Clock
 from powerd.config import TcpConfig
 from powerd.decode import nearest
-from powerd.errors import ConfigError, DeniedError, PowerdError, RequestError, UnavailableError
+from powerd.errors import DeniedError, PowerdError, RequestError, UnavailableError
 from powerd.log import log
 from powerd.node import alive
 from powerd.peer import peer_pidfd, unix_principal
+from powerd.tcp import tcp_address, tls_context
 
 MAX_BODY_BYTES = 64 * 1024
 _VERSION = f"{API_VERSION[0]}.{API_VERSION[1]}"
+_MAX_CONNECTIONS = 256  # of one user who may control
+_MAX_PER_UID = 32  # of anybody else
+_TOO_MANY = b"HTTP/1.1 429 Too Many Requests\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n" + error_body(
+    RequestError("too many connections", hint="close some", code="too_many")
+)
 _READS_PER_S, _READ_BURST = 50.0, 100.0  # of one user without the right to control
 
 
@@ -53,55 +58,6 @@ class _Bucket:
         return True
 
 
-def bearer_token(config: TcpConfig) -> str | None:
-    """The token that TCP clients have to show. ConfigError when the file is missing, empty or readable by others."""
-    if not config.token_file:
-        return None
-    path = Path(config.token_file)
-    try:
-        info = path.stat()
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tcp.token_file: {error}") from error
-    if info.st_mode & 0o077:
-        raise ConfigError(f"tcp.token_file {path}: others can read it", hint="chmod 0600")
-    if len(token) < 16:
-        raise ConfigError(f"tcp.token_file {path}: fewer than 16 characters", hint="openssl rand -base64 32")
-    return token
-
-
-def tcp_address(config: TcpConfig) -> tuple[str, int]:
-    """Host and port of ``tcp.listen``. ConfigError when malformed, or beyond loopback without TLS and token."""
-    host, _, port = config.listen.rpartition(":")
-    host = host.strip("[]")
-    try:
-        address, number = ipaddress.ip_address(host), int(port)
-        if not 0 <= number <= 65535:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"tcp.listen {config.listen!r}: not ADDRESS:PORT", hint='for example "127.0.0.1:9478"') from None
-    if bool(config.certificate) != bool(config.key):
-        raise ConfigError("tcp.certificate and tcp.key belong together")
-    if not address.is_loopback and not config.certificate:
-        raise ConfigError(f"tcp.listen {config.listen}: beyond loopback TLS is needed", hint="set tcp.certificate and tcp.key")
-    if not config.token_file and not (address.is_loopback and config.loopback_reads):
-        raise ConfigError("tcp.listen without tcp.token_file would answer nobody", hint="set tcp.token_file")
-    return host, number
-
-
-def tls_context(config: TcpConfig) -> ssl.SSLContext | None:
-    """The TLS side of the TCP listener, or ``None`` without a certificate. ConfigError when the files are no good."""
-    if not config.certificate:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.certificate, config.key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tcp.certificate: {error}") from error
-    return context
-
-
 class Server:
     """The HTTP side of the daemon."""
 
@@ -112,6 +68,7 @@ class Server:
         self._rules = rules
         self._token = token
         self._principals: WeakKeyDictionary[Any, Principal] = WeakKeyDictionary()
+        self._accepting: asyncio.Task[None] | None = None
         self._buckets: dict[int | None, _Bucket] = {}
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for route in ROUTES:
@@ -122,19 +79,40 @@ class Server:
     async def start(self, unix: socket.socket, tcp: TcpConfig | None = None) -> None:
         """Serve on a bound socket, and on TCP when configured."""
         await self._runner.setup()
-        await web.SockSite(self._runner, unix).start()
+        unix.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(unix))
         if tcp is not None and tcp.listen:
             host, port = tcp_address(tcp)
             await web.TCPSite(self._runner, host, port, ssl_context=tls_context(tcp)).start()
 
-    @property
-    def addresses(self) -> list[Any]:
-        """Where it listens."""
-        return list(self._runner.addresses)
-
     async def stop(self) -> None:
         """Close every connection."""
+        if self._accepting is not None:
+            self._accepting.cancel()
         await self._runner.cleanup()
+
+    async def _accept(self, unix: socket.socket) -> None:
+        """Accept by hand, so that one user's idle connections cannot use up everybody's."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                link, _ = await loop.sock_accept(unix)
+            except OSError as error:
+                log("accept_failed", why=error)
+                await asyncio.sleep(0.1)  # out of descriptors: some will be closed
+                continue
+            try:
+                who = unix_principal(link)
+                mine = sum(1 for t, p in self._principals.items() if p.uid == who.uid and not t.is_closing())
+                limit = _MAX_CONNECTIONS if may_control(who, self._rules()).allowed else _MAX_PER_UID
+                if mine >= limit or len(self._principals) >= 2 * _MAX_CONNECTIONS:
+                    link.send(_TOO_MANY)
+                    link.close()
+                    continue
+                transport, _ = await loop.connect_accepted_socket(self._runner.server, link)  # type: ignore[arg-type]
+                self._principals[transport] = who
+            except OSError:
+                link.close()
 
     def _guard(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
@@ -187,9 +165,7 @@ class Server:
         transport = request.transport
         known = self._principals.get(transport)
         if link.family == socket.AF_UNIX:
-            if known is None:
-                known = self._principals[transport] = unix_principal(link)
-            return known
+            return known if known is not None else unix_principal(link)
         stated = request.headers.get("Authorization", "")
         expected = self._token()
         if stated:

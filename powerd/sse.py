@@ -60,13 +60,16 @@ class Hub:
             headers={**headers, "Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
         await response.prepare(request)
+        transport = request.transport
         stream = _Stream(self.clock, snapshot is not None, sees, period_s, self.events.seq)
+        if isinstance(transport, asyncio.WriteTransport):
+            stream.drop = transport.abort  # also wakes a write that waits for the client
         if after is not None:
             for event in self.events.since(after):
                 stream.put(event)
         self._streams.add(stream)
         try:
-            while not stream.dropped:
+            while True:
                 data = stream.take(snapshot)
                 if not data:
                     try:
@@ -78,8 +81,10 @@ class Hub:
                         data = b"id: %d\nevent: heartbeat\ndata: %s\n\n" % (stream.seq, beat)
                 async with asyncio.timeout(WRITE_S):
                     await response.write(data)
-        except (TimeoutError, ConnectionError):
-            pass  # gone or not reading
+        except TimeoutError:
+            stream.drop()
+        except ConnectionError:
+            pass  # gone, or dropped
         finally:
             self._streams.discard(stream)
         return response
@@ -88,7 +93,7 @@ class Hub:
 class _Stream:
     def __init__(self, clock: Clock, snapshots: bool, sees: Callable[[Event], bool], period_s: float, seq: int) -> None:
         self.news = asyncio.Event()
-        self.dropped = False
+        self.drop: Callable[[], None] = lambda: None
         self.seq = seq
         self._clock = clock
         self._sees = sees
@@ -107,7 +112,7 @@ class _Stream:
         if not self._sees(event):
             return
         if len(self._events) >= MAX_QUEUED:
-            self.dropped = True
+            self.drop()
         else:
             self._events.append(event)
         self.news.set()

@@ -81,7 +81,8 @@ def _check_device(control: Control, interval: Interval, capabilities: Capabiliti
         fitted = interval.meet(device)
     else:
         fitted = snap(interval, capabilities.sm_clocks_mhz if control is Control.SM_CLOCK else capabilities.memory_clocks_mhz)
-    if fitted is None or not (interval.low <= device.high and interval.high >= device.low):
+    beyond = control is Control.POWER_LIMIT and device.high < interval.high < UNBOUNDED  # a limit is set, not only respected
+    if fitted is None or beyond or not (interval.low <= device.high and interval.high >= device.low):
         raise RequestError(f"{control.value} on {uuid}: outside the device's {_show(device, control)}", code="bad_value")
     site = site_interval(limits, control)
     if site is not None and fitted.meet(site) is None:

@@ -142,22 +142,25 @@ def node(view: NodeView) -> list[Finding]:
         found.append(Finding("control", Level.OK, "powerd may set clocks and limits"))
     else:
         found.append(
-            Finding("control", Level.NOTE, f"monitor only: {view.control_why}", "control = true in [daemon] of powerd.toml")
+            Finding("control", Level.NOTE, view.control_why, "control = true in [daemon] of powerd.toml")
         )
     if not view.gpus:
         found.append(Finding("GPUs", Level.PROBLEM, "the daemon sees no GPU", "see the driver above"))
+    told: dict[tuple[str, str, str], list[str]] = {}  # (check, text, remedy) -> GPUs: eight equal GPUs are one line
     for capability in view.gpus:
-        name = f"GPU {capability.gpu.index}"
+        index = str(capability.gpu.index)
         for control, support in capability.controls.items():
             if not support.available:
-                found.append(Finding("permission", Level.NOTE, f"{name}: {control} cannot be set: {support.reason}"))
+                told.setdefault(("permission", f"{control} cannot be set: {support.reason}", ""), []).append(index)
         if capability.persistence is False:
-            found.append(Finding("persistence", Level.NOTE, f"{name}: persistence mode is off: settings go with the last client",
-                                 "enable nvidia-persistenced"))  # fmt: skip
+            text = "persistence mode is off: settings go with the last client"
+            told.setdefault(("persistence", text, "enable nvidia-persistenced"), []).append(index)
         if not capability.energy_counter:
-            found.append(Finding("energy", Level.NOTE, f"{name}: no energy counter; energy is integrated from power readings"))
+            told.setdefault(("energy", "no energy counter; energy is integrated from power readings", ""), []).append(index)
         if capability.mig:
-            found.append(Finding("MIG", Level.NOTE, f"{name}: MIG is on: clocks and limits act on all its instances"))
+            told.setdefault(("MIG", "MIG is on: clocks and limits act on all its instances", ""), []).append(index)
+    for (check, text, remedy), gpus in told.items():
+        found.append(Finding(check, Level.NOTE, f"GPU {', '.join(gpus)}: {text}", remedy))
     if view.gpus and all(s.available for c in view.gpus for s in c.controls.values()):
         found.append(Finding("permission", Level.OK, "every control can be set"))
     return found

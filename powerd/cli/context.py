@@ -136,14 +136,18 @@ def exit_code_of(view: LeaseView) -> int:
     return EXIT_OVERRIDDEN if Verdict.OVERRIDDEN in verdicts else EXIT_OK
 
 
-def tell_outcomes(node: NodeView, view: LeaseView) -> None:
-    """One line on stderr per thing that is not simply as wanted."""
-    index = {c.gpu.uuid: c.gpu.index for c in node.gpus}
+def tell_outcomes(node: NodeView, view: LeaseView, *, load_follows: bool = False) -> None:
+    """One line on stderr per kind of thing that is not simply as wanted; with ``load_follows`` a clock that waits for load is."""
+    index = {c.gpu.uuid: str(c.gpu.index) for c in node.gpus}
+    said: dict[str, list[str]] = {}
     for refusal in view.refused:
-        note(f"GPU {index.get(refusal.uuid, refusal.uuid)} {refusal.control}: not served: {refusal.why}")
+        said.setdefault(f"{refusal.control}: not served: {refusal.why}", []).append(index.get(refusal.uuid, refusal.uuid))
     for outcome in view.outcomes:
-        if outcome.verdict is not Verdict.APPLIED:
-            note(f"GPU {index.get(outcome.uuid, outcome.uuid)} {outcome.control}: {verdict_text(outcome)}")
+        fine = outcome.verdict is Verdict.APPLIED or (load_follows and outcome.verdict is Verdict.PENDING_LOAD)
+        if not fine:
+            said.setdefault(f"{outcome.control}: {verdict_text(outcome)}", []).append(index.get(outcome.uuid, outcome.uuid))
+    for text, gpus in said.items():
+        note(f"GPU {', '.join(gpus)} {text}")
 
 
 def verdict_text(outcome: Outcome) -> str:

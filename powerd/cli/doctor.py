@@ -46,12 +46,14 @@ def doctor(
     if as_json:
         emit_json(findings)
     else:
+        from rich.text import Text
+
         rows = table("", "check", "finding", "what to do")
         for column in rows.columns[2:]:
             column.no_wrap = False
         for f in findings:
             style = {checks.Level.OK: "green", checks.Level.NOTE: "yellow", checks.Level.PROBLEM: "red"}[f.level]
-            rows.add_row(f"[{style}]{f.level}[/]", f.check, f.text, f.remedy)
+            rows.add_row(Text(f.level, style=style), f.check, f.text, f.remedy)
         console().print(rows)
     if code == EXIT_OK and any(f.level is checks.Level.PROBLEM for f in findings):
         code = EXIT_FAILURE

@@ -52,7 +52,7 @@ def build() -> typer.Typer:
     app.command("set", no_args_is_help=True)(lease.set_)
     app.add_typer(lease.lease_app, name="lease")
     app.command("run", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(run.run)
-    app.command("energy", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(run.energy)
+    app.command("energy", context_settings=run.COMMAND_CONTEXT)(run.energy)
     app.command("explain", no_args_is_help=True)(status.explain)
     app.command("history")(history.history)
     app.command("events")(history.events)

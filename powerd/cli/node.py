@@ -51,7 +51,7 @@ def resume(ctx: typer.Context, dry_run: DryRun = False, as_json: JsonFlag = Fals
     if dry_run:
         node = client.node()
         state = " and ".join(word for word, on in (("panic", node.panic), ("quiesce", node.quiesced)) if on) or "nothing"
-        print(f"would end {state}; nothing was changed")
+        print(f"would end {state}{f' ({simulated(node)})' if node.simulated else ''}; nothing was changed")
         return
     _done(client, client.resume(), as_json)
 

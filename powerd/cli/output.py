@@ -33,7 +33,8 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else int(os.environ.get("COLUMNS") or 140)
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    # What is shown comes from users too: no text is markup.
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, soft_wrap=False)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -73,7 +74,7 @@ def want(spec: WantSpec) -> str:
 
 def node_line(node: NodeView) -> str:
     """One line that says what this node is and whether powerd may set anything."""
-    mode = "control" if node.control else f"monitor only: {node.control_why}" if node.control_why else "monitor only"
+    mode = "control" if node.control else node.control_why or "monitor only"
     state = joined(
         ["PANIC" if node.panic else "", "quiesced" if node.quiesced else "", "" if node.hw_connected else "hw unit away"]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -59,6 +60,14 @@ def _signals_held() -> Iterator[frozenset[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def check_command(command: list[str]) -> None:
+    """Leave with 127 (126 when it may not be executed), as a shell does, before anything is set or measured for a command."""
+    if shutil.which(command[0]) is None:
+        there = os.path.exists(command[0]) and "/" in command[0]
+        note(f"{command[0]}: it cannot be executed" if there else f"{command[0]}: command not found")
+        raise typer.Exit(126 if there else 127)
+
+
 def run_command(command: list[str]) -> int:
     """Run a command to its end with our signals passed on; its exit code, 128 + n when signal n ended it, 127 if not found."""
     with _signals_held() as held:
@@ -71,8 +80,8 @@ def run_command(command: list[str]) -> int:
             note(f"{command[0]}: {error.strerror}")
             return 126
         while True:
-            info = signal.sigwaitinfo(held)
-            if info.si_signo == signal.SIGCHLD:
+            info = signal.sigtimedwait(held, 1.0)
+            if info is None or info.si_signo == signal.SIGCHLD:
                 done, code = os.waitpid(pid, os.WNOHANG)
                 if done:
                     ended = os.waitstatus_to_exitcode(code)
@@ -100,16 +109,18 @@ def run(
     wants = Wants.read(sm_clock, power_limit, memory_clock, min_sm_clock, max_sm_clock)
     if wants.empty:
         raise RequestError("nothing to set", hint="give --sm-clock or --power-limit, or use `powerctl energy -- CMD`")
+    check_command(command)
     client = connect(ctx)
     node = client.node()
     lease = client.lease(
         split_gpus(gpus), **wants.keywords(), reason=reason or f"powerctl run {command[0]}", job=job, dry_run=dry_run,
         ttl_s=None if ttl is None else units.duration_s(ttl),
     )  # fmt: skip
-    tell_outcomes(node, lease.view)
+    tell_outcomes(node, lease.view, load_follows=True)
     granted = exit_code_of(lease.view)
     if dry_run:
-        note(f"would run {' '.join(command)!r} on {len(lease.view.gpus)} GPU(s); nothing was changed")
+        label = f" ({simulated(node)})" if node.simulated else ""
+        note(f"would run {' '.join(command)!r} on {len(lease.view.gpus)} GPU(s){label}; nothing was changed")
         raise typer.Exit(granted)
     with lease:
         window = _begin(client, list(lease.view.gpus), command[0], job)
@@ -165,6 +176,8 @@ def energy(
     if bool(command) == bool(duration):
         raise RequestError("measure what?", hint="give either -- CMD or --for 10s")
     wait_s = units.duration_s(duration) if duration else 0.0
+    if command:
+        check_command(command)
     client = connect(ctx)
     node = client.node()
     window = client.energy(command[0] if command else "powerctl energy", split_gpus(gpus), job=job)

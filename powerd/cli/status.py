@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from powerd import units
-from powerd.cli.context import GpuNames, JsonFlag, connect, simulated, verdict_text
+from powerd.cli.context import GpuNames, JsonFlag, connect, note, simulated, verdict_text
 from powerd.cli.output import console, emit_json, interval, status_table, table, want
 from powerd.errors import PowerdError, UnavailableError
 
@@ -36,6 +36,8 @@ def status(ctx: typer.Context, gpus: GpuNames = None, as_json: JsonFlag = False)
         emit_json({"node": node, "snapshot": snapshot, "leases": leases})
     else:
         console().print(status_table(node, snapshot, leases))
+        if not node.config_reload_ok:
+            note(f"the configuration file was refused, the last good one stays in force: {node.config_error}")
 
 
 def top(

@@ -20,7 +20,7 @@ import typer
 
 from powerd.cli.context import DryRun, GpuOption, Job, JsonFlag, connect, note, simulated, split_gpus, tell_outcomes
 from powerd.cli.output import console, emit_json
-from powerd.cli.run import Command, run_command
+from powerd.cli.run import Command, check_command, run_command
 from powerd.errors import EXIT_CONFLICT, EXIT_OK, EXIT_OVERRIDDEN, LeaseLostError, RequestError
 from powerd.model import Verdict
 from powerd.sweep import PROGRESS_ENV, Progress, Row, Sweep, load, once, parse_clocks, save, steady
@@ -72,6 +72,7 @@ def sweep(
         plots.check(path)
     if "," in instruction or "\n" in instruction:
         raise RequestError("--instruction is one word of a CSV", code="bad_value")
+    check_command(command)
     client = connect(ctx)
     node = client.node()
     uuids = client.resolve(split_gpus(gpus))
@@ -122,7 +123,7 @@ def _measure(
         lease = stack.enter_context(
             client.lease(list(results.gpus), sm_clock_mhz=todo[0], reason=f"sweep of {command[0]}", job=job, min_dwell_s=0.0)
         )
-        tell_outcomes(node, lease.view)
+        tell_outcomes(node, lease.view, load_follows=True)
         if lease.refused:
             return results, EXIT_CONFLICT
         step: Callable[[int], Row | None]

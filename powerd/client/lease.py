@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -95,9 +96,9 @@ class Lease:
                 raise
             client.killpoint("client.attached")
             _attached.add(lease)
-            threading.Thread(target=lease._watch, name="powerd-lease-attach", daemon=True).start()
+            _start(lease._watch, "powerd-lease-attach")
         if keep_alive:
-            threading.Thread(target=lease._beat, name="powerd-lease-heartbeat", daemon=True).start()
+            _start(lease._beat, "powerd-lease-heartbeat")
         return lease
 
     @classmethod
@@ -329,6 +330,15 @@ class Lease:
             self._socket = None
 
 
+def _start(action: Callable[[], None], name: str) -> None:
+    """A background thread that takes no signal: those are for the threads of the program that we are a guest in."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        threading.Thread(target=action, name=name, daemon=True).start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _pacer(lease: Lease) -> Callable[[float], None]:
     """How this process waits in the node's time: by the simulated clock when it has one, else scaled by what the node says."""
     if os.environ.get("POWERD_SIM_STATE"):
@@ -349,10 +359,13 @@ def _pacer(lease: Lease) -> Callable[[float], None]:
                 waiter.close()
 
         return wait_simulated
-    scale = lease._client.time_scale() or 1.0
 
     def wait(seconds: float) -> None:
-        lease._stop.wait(seconds / scale)
+        try:
+            seconds /= lease._client.time_scale() or 1.0
+        except PowerdError:
+            seconds = 0.5  # the daemon is away just now: ask it soon
+        lease._stop.wait(seconds)
 
     return wait
 

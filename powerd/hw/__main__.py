@@ -12,11 +12,12 @@ from pathlib import Path
 
 from powerd import clock as clocks
 from powerd import config as configuration
+from powerd.arguments import Parser
 from powerd.errors import PowerdError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="powerd-hw", description="Reads and sets GPUs for powerd; the only part with privilege."
     )
     commands = parser.add_subparsers(dest="command", required=True)

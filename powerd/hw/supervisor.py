@@ -326,6 +326,7 @@ class Supervisor:
         why = self._error or f"the worker died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
         if not self._was_ready:
             print(f"powerd-hw: {why}", file=sys.stderr)
+            self._status()  # powerd passes the reason on to whoever asks
             self._finish(CODES[self._error_code].exit_code if self._error_code in CODES else EXIT_TEMPFAIL)
             return
         self._tell("worker_died", why)

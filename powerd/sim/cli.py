@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from powerd.arguments import Parser
 from powerd.sim import node as nodes
 from powerd.sim.build import BuildError, build
 from powerd.sim.faults import KINDS, PERMISSIONS
@@ -23,7 +25,7 @@ from powerd.sim.models import MODELS
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `powerd sim`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="powerd sim", description="A simulated NVIDIA driver for this and every other NVML client."
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -86,6 +88,10 @@ def _run(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise ValueError("no command: powerd sim run [options] -- CMD")
+    if shutil.which(command[0]) is None:
+        found = "/" in command[0] and os.path.exists(command[0])
+        print(f"powerd sim: cannot run {command[0]}: {'permission denied' if found else 'not found'}", file=sys.stderr)
+        return 126 if found else 127
     profiles = dict(_profile(text) for text in args.profile)
     with nodes.create(
         args.model,

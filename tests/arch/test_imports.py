@@ -28,7 +28,7 @@ ROOMS = [
     Room("powerd.model", ()),
     Room("powerd.errors", ()),
     Room("powerd.api", VOCABULARY),
-    Room("powerd.hw", (*VOCABULARY, "powerd.clock", "powerd.config", "powerd.killpoint"), ("pynvml",)),
+    Room("powerd.hw", (*VOCABULARY, "powerd.arguments", "powerd.clock", "powerd.config", "powerd.killpoint"), ("pynvml",)),
     # Pure planners: no input or output, no clock.
     Room(
         "powerd_policies",

@@ -45,8 +45,8 @@ def capability(index: int) -> Capabilities:
         gpu=Gpu(UUIDS[index], index, "NVIDIA A100-SXM4-80GB", f"00000000:{index + 1:02x}:00.0", index),
         driver_version="580.65.06", power_limit_min_mw=100_000, power_limit_max_mw=500_000, power_limit_default_mw=500_000,
         sm_clocks_mhz=tuple(range(210, 1411, 15)), memory_clocks_mhz=(1593,), energy_counter=True, persistence=True, mig=False,
-        simulated=True, controls={c: Support(c is not Control.MEMORY_CLOCK, "" if c is not Control.MEMORY_CLOCK else "one clock only")
-                                  for c in Control},
+        simulated=True,
+        controls={c: Support(False, "one clock only") if c is Control.MEMORY_CLOCK else Support(True) for c in Control},
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ class FakeDaemon:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         (self.folder / "attach.sock").unlink(missing_ok=True)
-        for connection in self.attached.values():
+        for connection in list(self.attached.values()):
             with_shutdown(connection)
         self.attached.clear()
 

@@ -18,18 +18,6 @@ from hypothesis import strategies as st
 from powerd.api import LeaseRequest
 from powerd.client import Client
 
-METHODS: dict[str, Callable[[Client], Any]] = {
-    "healthz": lambda c: c.healthz(), "metrics": lambda c: c.metrics(), "openapi": lambda c: c.openapi(),
-    "node": lambda c: c.node(), "snapshot": lambda c: c.snapshot(), "stream": lambda c: list(c.stream()),
-    "explain": lambda c: c.explain(0), "history": lambda c: c.history([0]), "events": lambda c: c.events(),
-    "leases": lambda c: c.leases(), "lease_view": lambda c: c.lease_view("x"), "panic": lambda c: c.panic(),
-    "lease_create": lambda c: c.lease_create(LeaseRequest((), (), "x")),
-    "lease_change": lambda c: c.lease_change("x", ()), "lease_renew": lambda c: c.lease_renew("x"),
-    "lease_release": lambda c: c.lease_release("x"), "quiesce": lambda c: c.quiesce(), "resume": lambda c: c.resume(),
-    "window_begin": lambda c: c.window_begin([0]), "window_end": lambda c: c.window_end("x"),
-    "lease": lambda c: use_lease(c), "energy": lambda c: use_window(c), "wrong value": lambda c: c.lease([0], sm_clock_mhz=-3),
-}  # fmt: skip
-
 
 def use_lease(client: Client) -> Any:
     with client.lease([0], sm_clock_mhz=1200) as lease:
@@ -42,6 +30,19 @@ def use_window(client: Client) -> Any:
     with client.energy("step", [0]) as window:
         pass
     return window
+
+
+METHODS: dict[str, Callable[[Client], Any]] = {
+    "healthz": lambda c: c.healthz(), "metrics": lambda c: c.metrics(), "openapi": lambda c: c.openapi(),
+    "node": lambda c: c.node(), "snapshot": lambda c: c.snapshot(), "stream": lambda c: list(c.stream()),
+    "explain": lambda c: c.explain(0), "history": lambda c: c.history([0]), "events": lambda c: c.events(),
+    "leases": lambda c: c.leases(), "lease_view": lambda c: c.lease_view("x"), "panic": lambda c: c.panic(),
+    "lease_create": lambda c: c.lease_create(LeaseRequest((), (), "x")),
+    "lease_change": lambda c: c.lease_change("x", ()), "lease_renew": lambda c: c.lease_renew("x"),
+    "lease_release": lambda c: c.lease_release("x"), "quiesce": lambda c: c.quiesce(), "resume": lambda c: c.resume(),
+    "window_begin": lambda c: c.window_begin([0]), "window_end": lambda c: c.window_end("x"),
+    "lease": use_lease, "energy": use_window, "wrong value": lambda c: c.lease([0], sm_clock_mhz=-3),
+}  # fmt: skip
 
 
 def test_every_public_method_is_in_this_list() -> None:

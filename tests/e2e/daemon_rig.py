@@ -50,7 +50,9 @@ class Rig:
 
     def write(self, text: str) -> None:
         panic = f'panic_file = "{self.folder}/panic"\n'
-        self.config.write_text(text.replace("[daemon]\n", "[daemon]\n" + panic) if "[daemon]" in text else text + "\n[daemon]\n" + panic)
+        self.config.write_text(
+            text.replace("[daemon]\n", "[daemon]\n" + panic) if "[daemon]" in text else text + "\n[daemon]\n" + panic
+        )
 
     def command(self, *options: str) -> list[str]:
         base = [sys.executable, "-m", "powerd.main", "run", "--config", str(self.config), "--hw-socket", str(self.hw.path)]

@@ -212,5 +212,3 @@ class FakeHw:
         self.desired = new
         if outcomes:
             self._send(frames.encode_outcomes(seq, now_ns(), outcomes))
-
-

@@ -182,7 +182,9 @@ def test_a_failed_set_undoes_the_whole_lease_and_says_why(node: Rig) -> None:
         ({"gpu": "x"}, 400, "bad_request", "'gpus'"),
     ],
 )
-def test_a_bad_request_is_refused_with_what_would_be_right(node: Rig, body: dict[str, object], status: int, code: str, says: str) -> None:
+def test_a_bad_request_is_refused_with_what_would_be_right(
+    node: Rig, body: dict[str, object], status: int, code: str, says: str
+) -> None:
     base = {"gpus": node.hw.uuids[:1], "wants": [pin(1200)], "reason": "test", "detached": True}
     got, answer = node.request("POST", "/v1/leases", {**base, **body})
     error = answer["error"]

@@ -1,4 +1,4 @@
-"""The lease state machine: whatever happens in whatever order, an ended lease stays ended and an illegal event changes nothing."""
+"""The lease state machine: in whatever order things happen, an ended lease stays ended and an illegal event changes nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_sequence_of_events_leaves_the_table(steps: list[tuple[LeaseEvent, st
     lease, now = fresh(), 0
     for event, gpu, delta in steps:
         now += delta
-        legal = lease.live and (event in ENDINGS and lease.state in ENDINGS[event][0] or (lease.state, event) in TRANSITIONS)
+        legal = lease.live and ((event in ENDINGS and lease.state in ENDINGS[event][0]) or (lease.state, event) in TRANSITIONS)
         try:
             after = advance(lease, event, now, gpu=gpu, attach_by_ns=now + 5)
         except PowerdError:
@@ -40,7 +40,12 @@ def test_no_sequence_of_events_leaves_the_table(steps: list[tuple[LeaseEvent, st
             assert set(after.lost) <= set(GPUS)
             assert (after.state is LeaseState.SUSPENDED) <= bool(after.lost)
             assert not (after.state is LeaseState.ACTIVE and after.lost)
-        assert (after.id, after.token_hash, after.uid, after.created_ns) == (lease.id, lease.token_hash, lease.uid, lease.created_ns)
+        assert (after.id, after.token_hash, after.uid, after.created_ns) == (
+            lease.id,
+            lease.token_hash,
+            lease.uid,
+            lease.created_ns,
+        )
         lease = after
 
 

@@ -1,4 +1,4 @@
-"""The reconcile rule: never beyond a limit of a higher class, never an empty interval in silence, independent of order, idempotent."""
+"""The reconcile rule: never beyond a higher class's limit, never silently empty, independent of order, idempotent."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def wants(draw: st.DrawFn) -> Want:
 
 
 limits = st.builds(
-    lambda sm, watts: LimitsConfig(sm_clock_min_mhz=sm[0], sm_clock_max_mhz=sm[1], power_limit_min_w=watts[0], power_limit_max_w=watts[1]),
+    lambda sm, watts: LimitsConfig(
+        sm_clock_min_mhz=sm[0], sm_clock_max_mhz=sm[1], power_limit_min_w=watts[0], power_limit_max_w=watts[1]
+    ),
     st.sampled_from([(0, 0), (0, 1500), (900, 0), (600, 1203), (1201, 1209)]),
     st.sampled_from([(0.0, 0.0), (0.0, 450.0), (300.0, 0.0), (250.0, 400.0)]),
 )
@@ -180,7 +182,9 @@ def test_a_second_step_down_waits_for_the_dwell_and_a_declared_dwell_replaces_it
 
 def test_a_hard_limit_does_not_wait_for_the_dwell() -> None:
     first = run([lease("l1", 1500, 1500)], LimitsConfig(), {})
-    capped = run([lease("l1", 300, 1500), lease("cap", 210, 900, kind=WantClass.BUDGET)], LimitsConfig(), dict(first.held), NOW + 1)
+    capped = run(
+        [lease("l1", 300, 1500), lease("cap", 210, 900, kind=WantClass.BUDGET)], LimitsConfig(), dict(first.held), NOW + 1
+    )
     assert sm(capped).value is not None
     assert sm(capped).value.high == 900  # type: ignore[union-attr]
 

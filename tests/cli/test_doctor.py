@@ -53,7 +53,11 @@ def test_a_quiet_node_has_no_other_manager(tmp_path: Path) -> None:
     assert [f.level for f in checks.managers(tmp_path, {})] == [Level.OK]
 
 
-def test_a_missing_driver_is_a_problem_with_a_remedy(tmp_path: Path) -> None:
+def test_a_missing_driver_is_a_problem_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(checks.ctypes, "CDLL", missing)  # an earlier test may have loaded the simulator into this process
     (found,) = checks.driver(tmp_path, tmp_path)
     assert found.level is Level.PROBLEM
     assert "no NVIDIA kernel driver" in found.text

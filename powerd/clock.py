@@ -57,6 +57,9 @@ class Clock(Protocol):
     def flight(self, delta: int) -> None:
         """Count a message that is on its way (+1 by its sender, -1 by its receiver); stepped time stands still meanwhile."""
 
+    def aside(self, away: bool) -> None:
+        """Say that the calling thread blocks on something else than this clock; stepped time does not wait for it meanwhile."""
+
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         """An event loop whose ``time()`` and timers follow this clock."""
 
@@ -106,6 +109,9 @@ class RealClock:
     def flight(self, delta: int) -> None:
         return None
 
+    def aside(self, away: bool) -> None:
+        return None
+
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
 
@@ -125,6 +131,7 @@ class SimClock:
         library.powerd_sim_wake.restype = None
         library.powerd_sim_leave.restype = None
         library.powerd_sim_flight.restype = None
+        library.powerd_sim_aside.restype = None
         self.scale = float(library.powerd_sim_scale())
         self._wall_offset_ns = time.time_ns() - self.now_ns()
 
@@ -146,6 +153,10 @@ class SimClock:
     def flight(self, delta: int) -> None:
         if self.stepped:
             self.library.powerd_sim_flight(delta)
+
+    def aside(self, away: bool) -> None:
+        if self.stepped:
+            self.library.powerd_sim_aside(int(away))
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         selector = _SteppedSelector(self) if self.stepped else _ScaledSelector(self.scale)
@@ -171,6 +182,11 @@ class _SteppedWaiter:
         self._woken.set()
         self._library.powerd_sim_wake(self._slot)
 
+    def calm(self) -> None:
+        """Forget a wake that came when the wait had ended already; only while nobody waits."""
+        self._woken.clear()
+        self._library.powerd_sim_wait(self._slot, 0, 0)
+
     def close(self) -> None:
         self._library.powerd_sim_leave(self._slot)
 
@@ -192,7 +208,7 @@ class _SteppedSelector(selectors.EpollSelector):
     def __init__(self, clock: SimClock) -> None:
         super().__init__()
         self._clock = clock
-        self._waiter = clock.waiter("event loop")
+        self._waiter = _SteppedWaiter(clock.library, "event loop")
         self._ring_read, self._ring_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         super().register(self._ring_read, selectors.EVENT_READ)
         self._deadline: int | None = None
@@ -220,6 +236,7 @@ class _SteppedSelector(selectors.EpollSelector):
         ready = super().select(None)
         self._waiter.wake()
         self._idle.acquire()
+        self._waiter.calm()  # the wait may have ended by itself: a wake left over would end the next one at once, and so on
         with contextlib.suppress(BlockingIOError):
             os.read(self._ring_read, 64)
         return self._mine(ready)

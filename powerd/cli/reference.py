@@ -32,7 +32,7 @@ HEAD = """\
 - Every read verb has `--json` (the types of `powerd.api`), every write verb `--dry-run`.
 - Results go to stdout; an error is one line on stderr that says what to do.
 - Quantities carry their unit: `300W`, `0.3kW`, `1200MHz`, `1.2GHz`, `10m`, `1h30m`. A plain number is refused.
-- A GPU is named by index, UUID or a unique UUID prefix. Without a name, `run`, `energy` and `sweep` take the GPUs that are visible
+- A GPU is named by index, UUID or a unique UUID prefix. Without a name, `run`, `energy` and `sweep` take the GPUs visible
   to the command (`CUDA_VISIBLE_DEVICES`, `LOCAL_RANK`, containers, Slurm).
 - What comes from a simulated node says "simulated".
 """

@@ -135,12 +135,13 @@ class Transport:
 
         self.killpoint = killpoint
         self._flight: Callable[[int], None] | None = None
+        self._aside: Callable[[bool], None] | None = None
         if os.environ.get("POWERD_SIM_STATE"):
             from powerd.clock import from_environment
 
             clock = from_environment()
             if clock.simulated and clock.scale == 0.0:
-                self._flight = clock.flight
+                self._flight, self._aside = clock.flight, clock.aside
 
     @property
     def where(self) -> str:
@@ -263,8 +264,9 @@ class Transport:
 
     def text(self, method: str, path: str, **options: Any) -> str:
         """One exchange; the answer's body as text."""
-        if self._flight:
+        if self._flight and self._aside:
             self._flight(1)
+            self._aside(True)
         try:
             conn, response = self.open(method, path, **options)
             try:
@@ -282,7 +284,8 @@ class Transport:
             return data.decode("utf-8", "replace")
         finally:
             # Exactly one -1 for our +1: the daemon balances its own answer, and a dead daemon's share is dropped with it.
-            if self._flight:
+            if self._flight and self._aside:
+                self._aside(False)
                 self._flight(-1)
 
     def json(self, kind: type[T], method: str, path: str, **options: Any) -> T:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from powerd.clock import NS, Clock, Waiter, from_environment
+from powerd.clock import NS, Clock, from_environment
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_TEMPFAIL, DeviceError
 from powerd.hw import bounds, frames, handover, nvml
@@ -78,21 +78,23 @@ class Gpu:
     def __init__(self, actuator: Actuator, sampler: Sampler, clock: Clock, stale: Callable[[], None]) -> None:
         self.actuator, self.sampler = actuator, sampler
         self._stale = stale
-        self._waiter: Waiter = clock.waiter(f"set {actuator.uuid}")
-        actuator.changed = self._waiter.wake
+        self._clock = clock
 
     def start(self) -> None:
         """Start the setter thread."""
         threading.Thread(target=self._run, name=f"set-{self.actuator.uuid[-6:]}", daemon=True).start()
 
     def _run(self) -> None:
+        # joined here and not before: until the first table nobody may wait for this thread
+        waiter = self._clock.waiter(f"set {self.actuator.uuid}")
+        self.actuator.changed = waiter.wake
         while True:
             try:
                 next_ns = self.actuator.step()
             except StaleGenerationError:
                 self._stale()
                 return
-            self._waiter.wait_until(next_ns)
+            waiter.wait_until(next_ns)
 
 
 def everything(capabilities: list[Capabilities], config: Config) -> dict[tuple[str, Control], Interval | None]:

@@ -22,6 +22,7 @@ from powerd.sim.node import SimError, SimNode, attach
 
 GIB = 1 << 30
 RUN, LOAD, BLOCKED = 1, 2, 3
+MAX_SECONDS = 1e9
 WAIT_REAL_MS = 500  # how long the driver may wait before Python looks for signals
 
 
@@ -31,7 +32,7 @@ class GpuLostError(SimError):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a piece of work took: simulated seconds, and true energy of the whole GPU meanwhile."""
+    """What a piece of work took from when the GPU began: simulated seconds, and true energy of the whole GPU meanwhile."""
 
     seconds: float
     energy_mj: float
@@ -61,13 +62,12 @@ class Context:
     def run(self, kernels: Iterable[tuple[str, float]]) -> Done:
         """Run (kernel, units) one after another and return when the last is done; raises GpuLostError."""
         items = [Item(kernel=self.kernel(name), units=units) for name, units in kernels]
-        begin_ns, energy_mj, end_ns = self.node.now_ns(), 0.0, self.node.now_ns()
-        for start in range(0, len(items), MAX_QUEUE):
-            chunk = items[start : start + MAX_QUEUE]
-            done = self._submit(RUN, chunk, 1.0, 0, 0.0)
-            energy_mj += done.energy_mj
-            end_ns = done.end_ns
-        return Done((end_ns - begin_ns) / 1e9, energy_mj, end_ns)
+        parts = [
+            self._submit(RUN, items[start : start + MAX_QUEUE], 1.0, 0, 0.0) for start in range(0, max(1, len(items)), MAX_QUEUE)
+        ]
+        begin_ns = parts[0].end_ns - round(parts[0].seconds * 1e9)
+        end_ns = parts[-1].end_ns
+        return Done((end_ns - begin_ns) / 1e9, sum(part.energy_mj for part in parts), end_ns)
 
     def load(self, activity: float, seconds: float, kernel: str = "gemm") -> Done:
         """Keep the GPU busy with a share `activity` (0..1) of a kernel for simulated `seconds`."""
@@ -80,18 +80,18 @@ class Context:
         return self._submit(BLOCKED, [], 0.0, 0, seconds)
 
     def _submit(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> Done:
+        if not 0.0 <= seconds <= MAX_SECONDS:
+            raise ValueError(f"a load lasts 0 to {MAX_SECONDS:.0f} s, not {seconds}")
         array = (Item * max(1, len(items)))(*items)
-        begin_ns = self.node.now_ns()
+        begin, end, energy = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_double()
+        duration_ns, at = round(seconds * 1e9), (self.node.pointer, self.gpu, self._row)
         code = self._library.powerd_sim_work_submit(
-            self.node.pointer, self.gpu, self._row, state, array, len(items), activity, kernel, round(seconds * 1e9)
+            *at, state, array, len(items), activity, kernel, duration_ns, ctypes.byref(begin)
         )
-        end, energy = ctypes.c_uint64(), ctypes.c_double()
         while code == 0:
-            got = self._library.powerd_sim_work_wait(
-                self.node.pointer, self.gpu, self._row, WAIT_REAL_MS, ctypes.byref(end), ctypes.byref(energy)
-            )
+            got = self._library.powerd_sim_work_wait(*at, WAIT_REAL_MS, ctypes.byref(end), ctypes.byref(energy))
             if got == 0:
-                return Done((end.value - begin_ns) / 1e9, energy.value * 1000.0, end.value)
+                return Done((end.value - begin.value) / 1e9, energy.value * 1000.0, end.value)
             code = 0 if got == 1 else got
         if code == 15:
             raise GpuLostError(f"GPU {self.gpu} was lost")

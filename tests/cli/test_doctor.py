@@ -76,8 +76,8 @@ def test_what_the_node_says_becomes_findings() -> None:
     found = checks.node(view)
     texts = " / ".join(f.text for f in found)
     for words in (
-        "powerd-hw is not connected", "monitor only: control = false", "powerd.toml:3: unknown key", "no energy counter", "MIG is on",
-        "persistence mode is off", "GPU 0, 1: sm_clock cannot be set: lacks CAP_SYS_ADMIN",
+        "powerd-hw is not connected", "monitor only: control = false", "powerd.toml:3: unknown key", "no energy counter",
+        "MIG is on", "persistence mode is off", "GPU 0, 1: sm_clock cannot be set: lacks CAP_SYS_ADMIN",
     ):  # fmt: skip
         assert words in texts
     assert {f.check for f in found if f.level is Level.PROBLEM} == {"daemon", "hw unit"}

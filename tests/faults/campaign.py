@@ -30,6 +30,8 @@ from tests.faults.rig import (
 
 DEADLINE_S = {"client": CLIENT_DEADLINE_S, "powerd": POWERD_DEADLINE_S, "hw": HW_DEADLINE_S}
 
+_NAP_S = 0.002
+
 
 @dataclass
 class Score:
@@ -42,17 +44,21 @@ class Score:
 
 
 def settle_s(rig: Rig, died_s: float, deadline_s: float) -> float:
-    """Seconds from a death until the reader first found baseline; looks until a little after the deadline."""
+    """Seconds from a death until the reader first found baseline; BrokenPromiseError when that is later than the deadline.
+
+    What this machine itself overslept meanwhile (other tests run beside this one) is taken off: it says nothing about powerd.
+    """
+    overslept_s = 0.0
     while True:
         found = rig.read()
-        took = time.monotonic() - died_s
-        if found == BASELINE and took <= deadline_s:
-            return took
-        if took > deadline_s:
-            raise BrokenPromiseError(
-                f"after {took:.3f} s (deadline {deadline_s:g} s): {found}, baseline {BASELINE}; {rig.truth()}"
-            )
-        threading.Event().wait(0.002)
+        took_s = time.monotonic() - died_s - overslept_s
+        if found == BASELINE and took_s <= deadline_s:
+            return took_s
+        if took_s > deadline_s:
+            raise BrokenPromiseError(f"{found} {took_s:.3f} s after the kill, deadline {deadline_s:g} s; {rig.truth()}")
+        begin_s = time.monotonic()
+        threading.Event().wait(_NAP_S)
+        overslept_s += max(0.0, time.monotonic() - begin_s - 2 * _NAP_S)
 
 
 def hold(rig: Rig, died_s: float, deadline_s: float) -> None:
@@ -102,6 +108,8 @@ def strike(rig: Rig, point: str, nth: int, stay_dead: bool) -> Strike:
         if victim == "client":
             client.wait(10)
             return Strike(True, settle_s(rig, died_s, DEADLINE_S["client"]))
+        if victim == "powerd":
+            wait_for("powerd's death", lambda: not rig.units["powerd"].alive)
         if victim == "powerd" and stay_dead:
             return Strike(True, settle_s(rig, died_s, DEADLINE_S["powerd"]))
         rig.revive()  # a worker's death is its supervisor's business; a dead unit is restarted

@@ -221,7 +221,8 @@ class Rig:
             return 0
 
     def at_rest(self) -> bool:
-        """Whether both units are up, no lease is live and the reader finds baseline."""
+        """Whether both units are up (dead ones are restarted), no lease is live and the reader finds baseline."""
+        self.revive()
         return self.ready() and self.live_leases() == 0 and self.read() == BASELINE
 
     def truth(self) -> str:

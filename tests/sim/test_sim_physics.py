@@ -9,7 +9,10 @@ from typing import Any
 
 import pynvml as p
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from powerd.sim import node as nodes
 from powerd.sim.build import build
 from powerd.sim.calibration import choose, interpolate, left_out_errors, load_profile
 from powerd.sim.kernels import compile_kernel, node_curves, profile_path
@@ -211,3 +214,19 @@ def test_an_hour_unwatched_counts_like_an_hour_watched(make_node: Any) -> None:
     unwatched.advance(3600)
     assert unwatched.true_energy_mj(0) == pytest.approx(watched.true_energy_mj(0), rel=0.001)
     assert unwatched.view(0).counter_mj == pytest.approx(watched.view(0).counter_mj, rel=0.001)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0.0001, 0.4), min_size=1, max_size=20), st.sampled_from([150_000, 260_000, 500_000]))
+def test_what_happens_does_not_depend_on_who_looks_when(looks: list[float], limit_mw: int) -> None:
+    energies, ends = [], []
+    for naps in ([10.0], [*looks, 10.0 - sum(looks)]):
+        with nodes.create("a100-sxm-500w", 1, "stepped", latency=0) as node, Context(0, node=node) as context:
+            node.fault("foreign-limit", value=limit_mw)
+            for nap in naps:
+                context.load(0.9, nap)
+                node.view(0)
+            energies.append(node.true_energy_mj(0))
+            ends.append(context.run([("gemm", 3.0)]).seconds)
+    assert energies[0] == pytest.approx(energies[1], rel=2e-3)
+    assert ends[0] == pytest.approx(ends[1], rel=2e-3)

@@ -152,11 +152,12 @@ def test_a_forked_child_does_not_keep_its_dead_parent_alive(nvml: Any, spawn: An
     assert node.view(0).processes == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_reads_and_may_not_set(make_node: Any, spawn: Any) -> None:
     node = make_node(perm="root")
     code = (
-        "p.nvmlShutdown(); os.setgid(65534); os.setuid(65534); p.nvmlInit()\n"
+        "p.nvmlShutdown()\n"
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "p.nvmlInit()\n"
         "print(p.nvmlDeviceGetPowerUsage(handle(0)) > 0)\n"
         "try: p.nvmlDeviceSetPowerManagementLimit(handle(0), 300000)\n"
         "except p.NVMLError as error: print(error.value)\n"
@@ -164,3 +165,22 @@ def test_another_user_reads_and_may_not_set(make_node: Any, spawn: Any) -> None:
     child = spawn(node, code)
     assert (line(child), line(child)) == ("True", str(p.NVML_ERROR_NO_PERMISSION))
     assert node.view(0).limit_mw == 500_000
+
+
+def test_the_capability_alone_is_enough_to_set(make_node: Any, spawn: Any) -> None:
+    node = make_node(perm="root")
+    capset = 126 if os.uname().machine == "x86_64" else 91
+    code = (
+        "import ctypes; libc = ctypes.CDLL(None); p.nvmlShutdown()\n"
+        "class Header(ctypes.Structure): _fields_ = [('version', ctypes.c_uint32), ('pid', ctypes.c_int)]\n"
+        "data = (ctypes.c_uint32 * 6)(1 << 21, 1 << 21, 0, 0, 0, 0)\n"
+        "if os.geteuid() == 0: libc.prctl(8, 1, 0, 0, 0); os.setgid(65534); os.setresuid(65534, 65534, 65534)\n"
+        f"got = libc.syscall({capset}, ctypes.byref(Header(0x20080522, 0)), data)\n"
+        "p.nvmlInit()\n"
+        "try: p.nvmlDeviceSetPowerManagementLimit(handle(0), 300000); print('set', got)\n"
+        "except p.NVMLError: print('refused', got)\n"
+    )
+    # Who did not start as root cannot have the capability, and is refused.
+    root = os.geteuid() == 0
+    assert line(spawn(node, code)) == ("set 0" if root else "refused -1")
+    assert node.view(0).limit_mw == (300_000 if root else 500_000)

@@ -137,6 +137,8 @@ def test_unknown_kernels_and_silly_numbers_are_refused(make_node: Any) -> None:
             context.run([("nonsense", 1)])
         with pytest.raises(ValueError, match="activity"):
             context.load(1.5, 1.0)
+        with pytest.raises(ValueError, match="a load lasts"):
+            context.blocked(-1.0)
         with pytest.raises(workload.SimError, match="refused"):
             context.run([(FORWARD, -1.0)])
     with pytest.raises(workload.SimError, match="no such GPU"):

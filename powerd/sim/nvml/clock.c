@@ -239,6 +239,17 @@ SIM_API void powerd_sim_wake(int slot) {
     if (sim) sim_wake_slot(sim->node, slot);
 }
 
+/* The calling thread blocks on something else than the clock: meanwhile it does not hold stepped time. */
+SIM_API void powerd_sim_aside(int aside) {
+    struct sim *sim = sim_current();
+    int slot = sim ? sim_thread_slot(sim) : -1;
+    if (slot < 0) return;
+    sim_slot_set_aside(sim, slot, aside != 0);
+    sim_lock(&sim->node->mutex);
+    if (aside) try_advance(sim, false);
+    sim_unlock(&sim->node->mutex);
+}
+
 SIM_API void powerd_sim_flight(int delta) {
     struct sim *sim = sim_current();
     if (!sim) return;

@@ -6,8 +6,10 @@
 #define _GNU_SOURCE
 #include "sim.h"
 #include <fnmatch.h>
+#include <linux/capability.h>
 #include <math.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -120,12 +122,21 @@ nvml_return sim_enter_gpu(const char *function, nvml_device device, struct sim *
     return ret;
 }
 
+/* What SIM_PERM_ROOT asks for: root, or the capability that a service is given instead. */
+static bool may_administer(void) {
+    if (geteuid() == 0) return true;
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct data[2] = {{0}};
+    if (syscall(SYS_capget, &header, data) != 0) return false;
+    return data[0].effective >> CAP_SYS_ADMIN & 1;
+}
+
 nvml_return sim_enter_setter(const char *function, nvml_device device, struct sim **sim, struct sim_gpu **gpu, bool supported) {
     nvml_return ret = enter_device(function, device, sim, gpu);
     if (ret != NV_SUCCESS) return ret;
     if (!supported) return NV_NOT_SUPPORTED;
     uint32_t perm = (*sim)->node->config.perm;
-    if (perm == SIM_PERM_NONE || (perm == SIM_PERM_ROOT && geteuid() != 0)) return NV_NO_PERMISSION;
+    if (perm == SIM_PERM_NONE || (perm == SIM_PERM_ROOT && !may_administer())) return NV_NO_PERMISSION;
     hang_while(*sim, &(*sim)->node->rm_hung);
     return NV_SUCCESS;
 }

@@ -77,9 +77,10 @@ SIM_API void powerd_sim_work_close(struct sim *sim, int index, int row) {
     sim_lifetime_close(sim);
 }
 
-/* Starts a queue of kernels, a steady load or a blocked wait on an open context; returns 0 or an NVML code. */
+/* Starts a queue of kernels, a steady load or a blocked wait on an open context; returns 0 or an NVML code, and in
+ * begin_ns when the GPU began. */
 SIM_API int powerd_sim_work_submit(struct sim *sim, int index, int row, uint32_t state, const struct sim_item *items,
-                                   uint32_t count, double activity, uint32_t kernel, uint64_t duration_ns) {
+                                   uint32_t count, double activity, uint32_t kernel, uint64_t duration_ns, uint64_t *begin_ns) {
     struct sim_gpu *gpu = &sim->node->gpus[index];
     struct sim_work *work = &gpu->work[row];
     if (count > SIM_MAX_QUEUE || kernel >= sim->node->config.kernels) return NV_INVALID_ARGUMENT;
@@ -89,7 +90,7 @@ SIM_API int powerd_sim_work_submit(struct sim *sim, int index, int row, uint32_t
     sim_lock(&gpu->mutex);
     sim_advance_gpu(sim->node, gpu, sim_now(sim->node));
     work->start_energy_j = work->end_energy_j = gpu->energy_j;
-    work->finished_ns = gpu->t_ns;
+    work->finished_ns = *begin_ns = gpu->t_ns;
     work->length = state == WORK_RUN ? count : 0;
     work->position = 0;
     if (state == WORK_RUN) {
@@ -118,7 +119,7 @@ static uint64_t predict_end(struct sim_node *node, struct sim_gpu *gpu, int row)
 }
 
 /* Waits for the end of what was submitted; 0 done, 1 not yet (max_real_ms passed), else an NVML code.
- * out: end time, seconds of GPU time spent on it are end - start; energy of the whole GPU meanwhile. */
+ * out: when the GPU ended, and the energy of the whole GPU since it began. */
 SIM_API int powerd_sim_work_wait(struct sim *sim, int index, int row, int max_real_ms, uint64_t *end_ns, double *energy_j) {
     struct sim_node *node = sim->node;
     struct sim_gpu *gpu = &node->gpus[index];

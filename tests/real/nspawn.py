@@ -82,7 +82,7 @@ class Container:
         """Run a shell command inside; with `check` a failure shows both of its streams."""
         argv = ["nsenter", "--target", str(self.leader), "--all"]
         shell = ["/bin/sh", "-c", command]
-        argv += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", *shell] if user else shell
+        argv += ["runuser", "-u", user, "--", *shell] if user else shell
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd="/"

@@ -24,6 +24,8 @@ ALL = "powerd.socket powerd-attach.socket powerd.service powerd-hw.service"
 SERVICES = ("powerd.service", "powerd-hw.service")
 # A want that no A100 has by itself: both the limit and the lock are visible in the driver's truth.
 LIMIT_W, CLOCK_MHZ = 300, 1200
+# What a fresh a100-sxm-500w has, with its clocks unlocked.
+BASELINE_W = 500
 SETTINGS = f"--power-limit {LIMIT_W}W --sm-clock {CLOCK_MHZ}MHz"
 Truth = list[tuple[int, list[int] | None]]
 
@@ -37,29 +39,41 @@ TimeoutAbortSec=1
 """
 
 
-def truth(container: Container) -> Truth:
+# Reads the truth like `powerd sim show --json`, in one process until it is as wanted, and prints the last that it saw.
+LOOK = """
+import json, sys, time
+from powerd.sim.node import attach
+wanted, until = json.loads(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+with attach() as node:
+    while True:
+        found = [[gpu["limit_mw"], gpu["locked_clocks_mhz"]] for gpu in node.show()["gpus"]]
+        if wanted in (None, found) or time.monotonic() > until:
+            break
+        time.sleep(0.05)
+print(json.dumps(found))
+"""
+
+
+def truth(container: Container, wanted: Truth | None = None, timeout_s: float = 0) -> Truth:
     """Per GPU the power limit in mW and the locked clocks, from the simulated driver itself."""
-    gpus = json.loads(container.run(f". {SHARED}/environment; {SIM} show --json").stdout)["gpus"]
-    return [(gpu["limit_mw"], gpu["locked_clocks_mhz"]) for gpu in gpus]
+    arguments = f"'{json.dumps(wanted)}' {timeout_s}"
+    look = container.run(f". {SHARED}/environment; {nspawn.PYTHON} {SHARED}/look.py {arguments}", timeout_s=timeout_s + 30)
+    return [(limit_mw, lock) for limit_mw, lock in json.loads(look.stdout)]
 
 
 def wait_for(container: Container, wanted: Truth, timeout_s: float = 30) -> None:
-    """Wait until the GPUs are set like this; shows what they were set to at the end."""
-    program = (
-        "import json, sys; "
-        f"found = [[g['limit_mw'], g['locked_clocks_mhz']] for g in json.load(sys.stdin)['gpus']]; "
-        f"print(found); sys.exit(found != {[list(gpu) for gpu in wanted]!r})"
-    )
-    container.wait(f'. {SHARED}/environment; {SIM} show --json | {nspawn.PYTHON} -c "{program}"', timeout_s)
+    """Wait until the GPUs are set like this; a failure shows what they were set to at the end."""
+    assert truth(container, wanted, timeout_s) == wanted
 
 
 def start_node(container: Container) -> None:
     """A simulated node that lives as long as the container, and the drop-ins through which both units see it."""
     (container.shared / "node").mkdir()
     (container.shared / "cache").mkdir()
+    (container.shared / "look.py").write_text(LOOK)
     command = f"{SIM} run --gpus {GPUS} --model a100-sxm-500w --perm root -- sleep infinity"
     container.run(f"systemd-run --quiet --unit=node {SIM_ENVIRONMENT} {command}")
-    sleeper = container.wait("pgrep --exact sleep", 60).split()[0]
+    sleeper = container.wait("pgrep --exact sleep", 20).split()[0]
     found = container.run(f"tr '\\0' '\\n' < /proc/{sleeper}/environ | grep -E '^(LD_LIBRARY_PATH|POWERD_SIM_STATE)='").stdout
     variables = dict(line.split("=", 1) for line in found.splitlines())
     (container.shared / "environment").write_text("".join(f"export {key}={value}\n" for key, value in variables.items()))
@@ -91,18 +105,18 @@ def node(machine: Container) -> Iterator[Container]:
     machine.run("systemctl start powerd.service", timeout_s=90)
     machine.wait(f"{POWERCTL} status --json")
     yield machine
-    machine.run(f"systemctl stop job.service {ALL}", check=False, timeout_s=120)
-    machine.run("systemctl reset-failed", check=False)
+    machine.run("systemctl stop job.service", check=False, timeout_s=120)
+    machine.run(f"systemctl stop {ALL}", check=False, timeout_s=120)
+    machine.run("systemctl reset-failed; rm -rf /var/lib/powerd/*", check=False)
     machine.run("rm -f /etc/systemd/system/*.d/test.conf /etc/powerd/powerd.d/test.toml; systemctl daemon-reload")
 
 
 @pytest.fixture
 def baseline(node: Container) -> Truth:
     """What the GPUs are set to before anybody wants anything."""
-    found = truth(node)
-    assert len(found) == GPUS
-    assert all(limit_mw != LIMIT_W * 1000 and lock is None for limit_mw, lock in found), found
-    return found
+    wanted: Truth = [(BASELINE_W * 1000, None)] * GPUS
+    wait_for(node, wanted)
+    return wanted
 
 
 @pytest.fixture
@@ -173,7 +187,7 @@ def test_powerd_that_is_killed_comes_back_and_the_lease_with_it(node: Container,
     before = restarts(node, "powerd.service")
     node.run("systemctl kill --signal=KILL powerd.service")
     wait_restarted(node, "powerd.service", before)
-    lease = f"{POWERCTL} lease list --json | grep -q job -e 'powerctl run'"
+    lease = f"{POWERCTL} lease list --json | grep -q 'powerctl run'"
     node.wait(lease)
     # Longer than the grace in which hw would have given up.
     node.run("sleep 7")

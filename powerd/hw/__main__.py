@@ -17,9 +17,7 @@ from powerd.errors import PowerdError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="powerd-hw", description="Reads and sets GPUs for powerd; the only part with privilege."
-    )
+    parser = Parser(prog="powerd-hw", description="Reads and sets GPUs for powerd; the only part with privilege.")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="read GPUs, set what powerd asks for, restore in the end")
     serve.add_argument("--socket", type=Path, help="where powerd connects (default: from the configuration)")

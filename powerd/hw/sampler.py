@@ -19,7 +19,7 @@ from powerd.hw.tables import GpuProcess
 from powerd.model import Health, Reading
 
 _SLOW_NS = NS
-_HELD_UP_NS = NS // 10  # reads take tens of milliseconds at worst
+_HELD_UP_NS = NS // 4  # reads take tens of milliseconds at worst
 _LOOK_NS = NS  # how often a lost GPU is looked for
 
 
@@ -178,7 +178,7 @@ class Rounds:
 
     def _run(self, one: _Round) -> None:
         due_ns, period_ns = self._clock.now_ns(), self._period_ns
-        while not self._stopped:
+        while not self._stopped and one.members:
             one.read()
             self._done()
             now_ns = self._clock.now_ns()
@@ -188,7 +188,9 @@ class Rounds:
         one.waiter.close()
 
     def watch(self, now_ns: int) -> None:
-        """A GPU that holds its round up keeps the thread; the others get a new one."""
+        """A GPU that holds its round up keeps the thread and the others get a new one, until it answers again."""
+        if len(self._rounds) > 1:
+            self._join()
         for one in tuple(self._rounds):
             with one.lock:
                 stuck = one.current
@@ -200,3 +202,18 @@ class Rounds:
             fresh = _Round(others, self._clock.waiter("read"))
             self._rounds.append(fresh)
             self._begin(fresh)
+
+    def _join(self) -> None:
+        """Rounds in which nobody is stuck go back into the first of them."""
+        first, free = self._rounds[0], self._rounds[1:]
+        with first.lock:
+            if first.current is not None:
+                self._rounds = [*free, first]  # another one may be first
+                return
+            for one in free:
+                with one.lock:
+                    if one.current is None:
+                        first.members, one.members = (*first.members, *one.members), ()
+                if not one.members:
+                    one.waiter.wake()
+        self._rounds = [one for one in self._rounds if one.members]

@@ -15,7 +15,6 @@ import socket
 import struct
 import subprocess
 import sys
-from collections import deque
 from pathlib import Path
 
 from powerd import __version__
@@ -26,67 +25,18 @@ from powerd.hw import fence, frames, handover
 from powerd.hw.desired import DesiredTable
 from powerd.hw.frames import Command, FrameError, Kind, Table
 from powerd.hw.journal import boot_id, prepare_directory
+from powerd.hw.peer import Peer
 from powerd.hw.systemd import inherited_listener, notify, watchdog_ns
 from powerd.hw.tables import event_row
 from powerd.hw.worker import CAUSES, LEAVE_SETTINGS, greeting
 from powerd.killpoint import killpoint
 from powerd.model import Event, Restart
 
-_QUEUE = 4096  # frames that wait for a slow powerd; snapshots never wait
 _START_LIMIT_S = 120.0  # initialising a GPU takes seconds without persistence, each
-_SILENCE_S = 5.0
+_SILENCE_S = 20.0  # a starved machine is slow, not broken
 _RESTART_S = (0.0, 0.5, 1.0, 2.0, 5.0)
 _STOP_LIMIT_S = 20.0
 _LONELY_S = 60.0  # a development child that nobody ever talked to
-
-
-class Peer:
-    """The one connected powerd."""
-
-    def __init__(self, link: socket.socket, clock: Clock) -> None:
-        self.link = link
-        self.reader = frames.TableReader()
-        self._clock = clock
-        self._queue: deque[bytes] = deque()
-        self.broken = False
-
-    def send(self, frame: bytes, *, may_drop: bool = False) -> None:
-        """Send or queue one frame, in order; one that may be dropped never queues."""
-        if self._queue:
-            if not may_drop:
-                self._queue.append(frame)
-                self.broken = self.broken or len(self._queue) > _QUEUE
-            return
-        if not self._put(frame) and not may_drop:
-            self._queue.append(frame)
-            asyncio.get_running_loop().add_writer(self.link, self._drain)
-
-    def _put(self, frame: bytes) -> bool:
-        self._clock.flight(1)
-        try:
-            self.link.send(frame)
-        except BlockingIOError:
-            self._clock.flight(-1)
-            return False
-        except OSError:  # gone: its end of file is on the way to us
-            self._clock.flight(-1)
-        return True
-
-    def _drain(self) -> None:
-        while self._queue and self._put(self._queue[0]):
-            self._queue.popleft()
-        if not self._queue:
-            asyncio.get_running_loop().remove_writer(self.link)
-
-    def close(self) -> None:
-        """Forget this powerd; what was under way to us is no longer."""
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self.link)
-        loop.remove_writer(self.link)
-        with contextlib.suppress(OSError):
-            while self.link.recv(frames.MAX_FRAME):
-                self._clock.flight(-1)
-        self.link.close()
 
 
 class Supervisor:
@@ -150,6 +100,7 @@ class Supervisor:
             self._adopt(inherited)
         self._start_worker()
         keeper = loop.create_task(self._keep())
+        keeper.add_done_callback(self._kept)
         try:
             return await self._exit
         finally:
@@ -171,6 +122,11 @@ class Supervisor:
         os.chmod(self._path, 0o666 if self._config.hw.peer_user else 0o600)  # the uid is checked on every connection
         listener.listen(8)
         return listener
+
+    def _kept(self, keeper: asyncio.Task[None]) -> None:
+        """Without its keeper nothing would expire: end with a traceback, so that the journal is replayed."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None and not self._exit.done():
+            self._exit.set_exception(error)
 
     def _terminate(self) -> None:
         self._table.drop("shutdown", Restart.SHUTDOWN)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from rig import PATIENCE_S, Rig
 
 from powerd.hw import fence
-from powerd.hw.frames import Table
+from powerd.hw.frames import Command, Table
 from powerd.killpoint import KILL_POINTS
 from powerd.model import Control, Interval, Verdict
 
@@ -221,3 +222,43 @@ def test_generations_rise_and_an_old_one_cannot_write(rig: Rig) -> None:
     assert new == old + 1
     with pytest.raises(fence.StaleGenerationError), mine.held():
         pytest.fail("an old generation got through its fence")
+
+
+def test_three_crashes_in_a_minute_are_safe_mode_until_resume(rig: Rig) -> None:
+    rig.serve()
+    powerd = rig.connect()
+    seq = powerd.desire((rig.uuids[0], Control.POWER_LIMIT, LIMIT))
+    powerd.outcome(seq, rig.uuids[0], Control.POWER_LIMIT)
+    killed: set[int] = set()
+    for _ in range(3):
+        fresh = powerd.until(
+            lambda: powerd.tables[Table.STATUS]["serving"] and powerd.tables[Table.STATUS]["worker_pid"] not in killed
+        )
+        assert fresh
+        killed.add(powerd.tables[Table.STATUS]["worker_pid"])
+        os.kill(powerd.tables[Table.STATUS]["worker_pid"], 9)
+    powerd.event("safe_mode")
+    powerd.event("restored", uuid=rig.uuids[0], cause="journal_replay")
+    assert rig.at_baseline()
+    powerd.desire((rig.uuids[0], Control.POWER_LIMIT, LIMIT))
+    powerd.event("desired_refused")
+    powerd.command(Command.RESUME)
+    seq = powerd.desire((rig.uuids[0], Control.POWER_LIMIT, LIMIT))
+    powerd.outcome(seq, rig.uuids[0], Control.POWER_LIMIT, Verdict.APPLIED)
+
+
+def test_restore_says_what_it_could_not_do_and_does_it_the_next_time(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(time="x20")
+    killed_while_set(rig)
+    rig.node.fault("lost", 0)
+    code, text = rig.restore()
+    assert code == 75
+    assert f"{rig.uuids[0]} power_limit: not restored" in text
+    assert rig.truth(1)["locked_clocks_mhz"] is None
+    rig.node.fault("hang-node")
+    rig.node.clear_faults(0)
+    code, text = rig.restore()
+    assert code == 75, text
+    rig.node.clear_faults()
+    assert rig.restore()[0] == 0
+    assert rig.at_baseline()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from rig import Rig
@@ -39,5 +40,5 @@ def test_stepped_samples_come_exactly_on_their_period(make_rig: Callable[..., Ri
         powerd.until(lambda seen=seen: powerd.snapshots > seen)
         assert all(r.health is Health.UP for r in powerd.readings)
         times.append(powerd.readings[0].time_ns)
-    gaps = {b - a for a, b in zip(times, times[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(times)}
     assert gaps == {NS // 10}

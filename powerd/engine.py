@@ -207,18 +207,15 @@ class Engine:
 
     def _command_state(self) -> None:
         """Tell hw of panic and quiesce, once per connection and change."""
-        wanted: tuple[frames.Command, ...] = ()
-        if self.panic:
-            wanted = (frames.Command.PANIC,)
-        elif self.quiesced_until_ns is not None:
-            wanted = (frames.Command.QUIESCE,)
+        quiesce = (frames.Command.QUIESCE,) if self.quiesced_until_ns is not None else ()
+        wanted: tuple[frames.Command, ...] = (frames.Command.PANIC,) if self.panic else quiesce
         if self.hw is None or not self.hw.connected or wanted == self._told_hw:
             return
         if not wanted:
             self.hw.command(frames.Command.RESUME)
+        left_ms = max(0, (self.quiesced_until_ns or 0) - self.clock.now_ns()) // 1_000_000
         for command in wanted:
-            left_ns = max(0, (self.quiesced_until_ns or 0) - self.clock.now_ns())
-            self.hw.command(command, left_ns // 1_000_000 if command is frames.Command.QUIESCE else 0)
+            self.hw.command(command, left_ms if command is frames.Command.QUIESCE else 0)
         self._told_hw = wanted
 
     # --- leases -------------------------------------------------------------------------------------
@@ -322,8 +319,7 @@ class Engine:
     def attach(self, lease_id: str) -> Lease:
         """Its connection has come (again)."""
         before = self.book.live(lease_id)
-        lease = self.book.put(advance(before, LeaseEvent.ATTACH, self.clock.now_ns()))
-        if before.state is not lease.state:
+        if (lease := self.book.put(advance(before, LeaseEvent.ATTACH, self.clock.now_ns()))).state is not before.state:
             self.events.add("lease_reattached", subject=lease_id)
         self.update()
         return lease
@@ -337,8 +333,7 @@ class Engine:
 
     def holder_gone(self, lease_id: str, event: LeaseEvent) -> None:
         """Its connection or its process ended: the settings are undone at once."""
-        lease = self.leases.get(lease_id)
-        if lease is not None:
+        if (lease := self.leases.get(lease_id)) is not None:
             with contextlib.suppress(RequestError):
                 self.book.end(lease, event)
                 self.update()

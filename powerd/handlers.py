@@ -175,7 +175,12 @@ class Handlers:
             counts[lease.state] = counts.get(lease.state, 0) + 1
         self.metrics_page.leases(counts)
         self.metrics_page.gpus(self.node.capabilities.values())
-        self.metrics_page.set("powerd_energy_windows_open", len(self.windows))
+        view = self.node_view()
+        for name, value in (
+            ("powerd_hw_connected", view.hw_connected), ("powerd_control_enabled", view.control), ("powerd_panic", view.panic),
+            ("powerd_config_last_reload_successful", view.config_reload_ok), ("powerd_energy_windows_open", len(self.windows)),
+        ):  # fmt: skip
+            self.metrics_page.set(name, value)
         if self.store is not None:
             stats = self.store.stats()
             self.metrics_page.store(stats.rows, stats.dropped, stats.errors, stats.size_bytes)

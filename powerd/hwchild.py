@@ -24,7 +24,7 @@ def toml(config: Config) -> str:
     lines = []
     for section, key, _, _ in keys():
         value = getattr(getattr(config, section), key)
-        text = json.dumps(value) if isinstance(value, str) else str(value).lower()
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value).lower()
         lines.append(f"{section}.{key} = {text}")
     return "\n".join(lines) + "\n"
 

@@ -25,6 +25,7 @@ from powerd.arguments import Parser
 from powerd.clock import Clock
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_UNAVAILABLE, ConfigError, PowerdError, UnavailableError
+from powerd.model import Event
 from powerd.tcp import check_tcp
 
 
@@ -159,7 +160,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         node.listeners.append(windows.observe)
         if metrics is not None:
             node.listeners.append(metrics.observe)
-            events.listeners.append(lambda event: _count(metrics, event.kind, event.subject))
+            events.listeners.append(lambda event: _count(metrics, event))
         if store is not None:
             node.listeners.append(store.append)
             events.listeners.append(store.append_event)
@@ -268,11 +269,11 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         return code
 
 
-def _count(metrics: Any, kind: str, subject: str | None) -> None:
-    if kind == "drift":
-        metrics.drift(subject or "")
-    elif kind == "restored":
-        metrics.restored(subject or "")
+def _count(metrics: Any, event: Event) -> None:
+    if event.kind == "drift":
+        metrics.drift(event.subject or "")
+    elif event.kind == "restored":
+        metrics.restored(str(event.data.get("cause") or ""))
 
 
 async def _has_gpu(node: Any, clock: Clock, wait_s: float = 10.0) -> bool:

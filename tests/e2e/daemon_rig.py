@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fake_hw import FakeHw
+from tests.e2e.fake_hw import FakeHw
 
 CONFIG = """
 [daemon]

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from daemon_rig import Rig, closed, limit, pin, rig
 
 from powerd.hw.frames import Command
 from powerd.model import Control, Health, Interval
+from tests.e2e.daemon_rig import Rig, closed, limit, pin, rig
 
 SM, POWER = Control.SM_CLOCK, Control.POWER_LIMIT
 
@@ -54,7 +54,7 @@ def test_a_detached_lease_is_set_verified_shown_and_undone_when_released(node: R
     status, ended = node.request("DELETE", f"/v1/leases/{lease['id']}", Powerd_Lease_Token=lease["token"])
     assert (status, ended["state"], ended["end"]) == (200, "ended", "released")
     assert [o["requested"] for o in ended["outcomes"]] == [None, None]
-    assert not node.hw.desired
+    node.hw.wait(lambda: not node.hw.desired, "still wanted")
 
 
 def test_a_bound_lease_ends_with_its_connection(node: Rig) -> None:
@@ -69,7 +69,7 @@ def test_a_bound_lease_ends_with_its_connection(node: Rig) -> None:
 
 _HOLDER = """
 import json, socket, sys, time
-from daemon_rig import Rig
+from tests.e2e.daemon_rig import Rig
 class Hw: uuids = [sys.argv[2]]; path = ""
 from pathlib import Path
 rig = Rig.__new__(Rig); rig.folder = Path(sys.argv[1]); rig.hw = Hw; rig.socket = Path(sys.argv[1]) / "run" / "powerd.sock"
@@ -78,7 +78,7 @@ if sys.argv[3] == "attached":
     lease = rig.granted({"control": "sm_clock", "low": 900, "high": 900})
     link, _ = rig.attach(lease)
 else:
-    from daemon_rig import _UnixConnection
+    from tests.e2e.daemon_rig import _UnixConnection
     connection = _UnixConnection(rig.socket)
     body = {"gpus": Hw.uuids, "wants": [{"control": "sm_clock", "high": 900}], "reason": "test"}
     connection.request("POST", "/v1/leases", json.dumps(body))
@@ -91,7 +91,7 @@ time.sleep(60)
 @pytest.mark.parametrize("how", ["attached", "granted"])
 def test_a_killed_holder_loses_its_lease_at_once_also_before_it_has_attached(node: Rig, how: str) -> None:
     command = [sys.executable, "-c", _HOLDER, str(node.folder), node.hw.uuids[0], how]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=__file__.rpartition("/")[0]) as holder:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=__file__.rpartition("/tests/")[0]) as holder:
         assert holder.stdout is not None
         lease = {"id": holder.stdout.readline().strip()}
         node.hw.wait(lambda: node.hw.value(node.hw.uuids[0], SM), "not set")
@@ -251,7 +251,7 @@ def test_drift_yields_to_the_other_writer_and_ends_the_lease(node: Rig) -> None:
     assert json.loads(link.recv(4096))["error"]["code"] == "lease_lost"
     assert closed(link)
     assert node.lease(lease)["end"] == "drift"
-    assert not node.hw.desired
+    node.hw.wait(lambda: not node.hw.desired, "still wanted")
 
 
 def test_panic_ends_everything_and_lasts_until_resume(node: Rig) -> None:

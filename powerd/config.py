@@ -135,42 +135,47 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
-def _xdg(variable: str, fallback: str) -> Path:
-    return Path(os.environ.get(variable) or Path.home() / fallback)
+def _place(name: str, system: str, variable: str, fallback: str) -> Path:
+    """Where something of ours is by default: beside a simulated node, in the system's folder as root, else in the user's."""
+    if simulated := os.environ.get("POWERD_SIM_STATE"):
+        # A simulated node is a machine of its own: it never meets the real one's daemon or files, and takes its own along.
+        return Path(f"{simulated}.d") / name
+    if os.geteuid() == 0:
+        return Path(system)
+    return Path(os.environ.get(variable) or Path.home() / fallback) / Path(system).name
 
 
 def run_dir(config: Config) -> Path:
     """Where powerd's sockets are."""
     if config.daemon.run_dir:
         return Path(config.daemon.run_dir)
-    return Path("/run/powerd") if os.geteuid() == 0 else _xdg("XDG_RUNTIME_DIR", ".cache") / "powerd"
+    return _place("run", "/run/powerd", "XDG_RUNTIME_DIR", ".cache")
 
 
 def state_dir(config: Config) -> Path:
     """Where powerd keeps leases and history."""
     if config.daemon.state_dir:
         return Path(config.daemon.state_dir)
-    return Path("/var/lib/powerd") if os.geteuid() == 0 else _xdg("XDG_STATE_HOME", ".local/state") / "powerd"
+    return _place("state", "/var/lib/powerd", "XDG_STATE_HOME", ".local/state")
 
 
 def hw_socket(config: Config) -> Path:
     """The socket between powerd and powerd-hw."""
     if config.hw.run_dir:
         return Path(config.hw.run_dir) / "hw.sock"
-    base = Path("/run/powerd-hw") if os.geteuid() == 0 else _xdg("XDG_RUNTIME_DIR", ".cache") / "powerd-hw"
-    return base / "hw.sock"
+    return _place("hw", "/run/powerd-hw", "XDG_RUNTIME_DIR", ".cache") / "hw.sock"
 
 
 def journal_dir(config: Config) -> Path:
     """Where powerd-hw keeps its journal."""
     if config.hw.journal_dir:
         return Path(config.hw.journal_dir)
-    return Path("/var/lib/powerd-hw") if os.geteuid() == 0 else _xdg("XDG_STATE_HOME", ".local/state") / "powerd-hw"
+    return _place("journal", "/var/lib/powerd-hw", "XDG_STATE_HOME", ".local/state")
 
 
 def default_file() -> Path:
     """The configuration file that is read when none is named."""
-    return SYSTEM_FILE if os.geteuid() == 0 else _xdg("XDG_CONFIG_HOME", ".config") / "powerd" / "powerd.toml"
+    return _place("etc", str(SYSTEM_FILE.parent), "XDG_CONFIG_HOME", ".config") / SYSTEM_FILE.name
 
 
 def _line_of(text: str, section: str, key: str) -> int:

@@ -49,7 +49,8 @@ def default_socket() -> Path:
     from powerd.config import Config, run_dir
 
     own = run_dir(Config()) / "powerd.sock"
-    return own if own.exists() or not SYSTEM_SOCKET.exists() else SYSTEM_SOCKET
+    simulated = "POWERD_SIM_STATE" in os.environ  # on a simulated node never the real one's daemon
+    return own if simulated or own.exists() or not SYSTEM_SOCKET.exists() else SYSTEM_SOCKET
 
 
 class _DeadlineSocket(socket.socket):

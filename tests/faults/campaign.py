@@ -48,17 +48,23 @@ def settle_s(rig: Rig, died_s: float, deadline_s: float) -> float:
 
     What this machine itself overslept meanwhile (other tests run beside this one) is taken off: it says nothing about powerd.
     """
-    overslept_s = 0.0
+    overslept_s = longest_read_s = 0.0
+    began_s = time.monotonic()
     while True:
+        read_s = time.monotonic()
         found = rig.read()
+        longest_read_s = max(longest_read_s, time.monotonic() - read_s)
         took_s = time.monotonic() - died_s - overslept_s
         if found == BASELINE and took_s <= deadline_s:
             return took_s
         if took_s > deadline_s:
-            raise BrokenPromiseError(f"{found} {took_s:.3f} s after the kill, deadline {deadline_s:g} s; {rig.truth()}")
-        begin_s = time.monotonic()
+            raise BrokenPromiseError(
+                f"{found} {took_s:.3f} s after the kill, deadline {deadline_s:g} s (looked from {began_s - died_s:.3f} s on,"
+                f" longest read {longest_read_s:.3f} s, overslept {overslept_s:.3f} s); {rig.truth()}"
+            )
+        nap_s = time.monotonic()
         threading.Event().wait(_NAP_S)
-        overslept_s += max(0.0, time.monotonic() - begin_s - 2 * _NAP_S)
+        overslept_s += max(0.0, time.monotonic() - nap_s - 2 * _NAP_S)
 
 
 def hold(rig: Rig, died_s: float, deadline_s: float) -> None:

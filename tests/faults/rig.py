@@ -121,23 +121,26 @@ class Rig:
             [sys.executable, "-c", _READER], env=self.env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.client_process: subprocess.Popen[str] | None = None
+        self.once, self.armed = self.root / "kill-once", 0
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
     def _environment(self, kill_at: str | None) -> dict[str, str]:
         if kill_at is None:
             return self.env
-        once = self.root / "kill-once"
-        once.touch()
-        return {**self.env, "POWERD_KILL_AT": kill_at, "POWERD_KILL_ONCE": str(once)}
+        # A new name each time: a process that was armed before and never struck must not take this one's death.
+        self.armed += 1
+        self.once = self.root / f"kill-once-{self.armed}"
+        self.once.touch()
+        return {**self.env, "POWERD_KILL_AT": kill_at, "POWERD_KILL_ONCE": str(self.once)}
 
     @property
     def struck(self) -> bool:
         """Whether the armed kill point has been reached."""
-        return not (self.root / "kill-once").exists()
+        return not self.once.exists()
 
     def disarm(self) -> None:
-        (self.root / "kill-once").unlink(missing_ok=True)
+        self.once.unlink(missing_ok=True)
 
     def start(self, name: str, kill_at: str | None = None) -> None:
         unit = self.units[name]

@@ -18,11 +18,12 @@ from powerd.clock import NS, Clock, from_environment
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_TEMPFAIL, DeviceError
 from powerd.hw import bounds, frames, handover, nvml
-from powerd.hw.actuator import Actuator, by_gpu
+from powerd.hw.actuator import Actuator
 from powerd.hw.energy import EnergyTracker
 from powerd.hw.fence import Fence, StaleGenerationError
 from powerd.hw.frames import Command, Kind, Table
 from powerd.hw.journal import Journal
+from powerd.hw.pair import by_gpu
 from powerd.hw.port import Device, Node
 from powerd.hw.sampler import Rounds, Sampler
 from powerd.hw.tables import GpuProcess, capabilities_row, event_row, processes_row

@@ -28,10 +28,12 @@ from powerd.hw.systemd import notify, watchdog_ns
 from powerd.hw.tables import event_row
 from powerd.hw.worker import CAUSES, LEAVE_SETTINGS
 from powerd.killpoint import killpoint
-from powerd.model import Event, Restart
+from powerd.model import Event, Outcome, Restart, Verdict
 
 _STOP_LIMIT_S = 20.0
 _LONELY_S = 60.0  # a development child that nobody ever talked to
+_MONITOR_ONLY = "daemon.control = false in powerd-hw's own configuration: nothing is set"
+_OUTCOMES = 64  # in one frame
 
 
 class Supervisor:
@@ -42,7 +44,8 @@ class Supervisor:
         self._path = path or hw_socket(config)
         self._directory = journal_dir(config)
         self._exit_with_peer = exit_with_peer
-        self._table = DesiredTable(round(config.hw.grace_s * NS))
+        self._table = DesiredTable(round(config.hw.grace_s * NS), control=config.daemon.control)
+        self._refused: frozenset[object] = frozenset()  # what control = false kept from being set, as last told
         self._wake = asyncio.Event()
         self._worker = Keeper(
             clock, self._directory, on_frame=self._worker_frame, on_table=self._worker_table, on_closed=self._wake.set
@@ -52,6 +55,7 @@ class Supervisor:
         self._watchdog_ns = watchdog_ns()
         self._capabilities: object = None
         self._processes: object = None
+        self._panic_file = False
         self._events = 0
         self._fed_ns = 0
         self._resume_ns: int | None = None
@@ -75,6 +79,7 @@ class Supervisor:
         )  # fmt: skip
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
+        self._look_for_panic_file()
         if until_ns := handover.until(self._directory, self._clock.now_ns()):
             self._table.begin_grace(until_ns)
         self._door.listen(inherited)
@@ -192,6 +197,7 @@ class Supervisor:
             now_ns = self._clock.now_ns()
             if (code := self._worker.reap()) is not None:
                 self._worker_gone(code)
+            self._look_for_panic_file()
             if self._table.expire(now_ns):
                 self._send_desired()
                 if self._exit_with_peer and not self._door.open and not self._table.in_grace:
@@ -209,12 +215,28 @@ class Supervisor:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), max(0.0, (next_ns - now_ns) / NS))
 
+    def _look_for_panic_file(self) -> None:
+        """While it is there every GPU is at baseline, also when powerd is dead; about once a second."""
+        path = self._config.daemon.panic_file
+        if (here := bool(path) and os.path.exists(path)) == self._panic_file:
+            return
+        self._panic_file = here
+        if here:
+            self._table.drop("panic_file", Restart.PANIC)
+            self._send_desired()
+            self._tell("panic", f"file {path}: everything to baseline; wants are refused while it is there")
+        else:
+            self._table.release("panic_file")
+            self._tell("panic_file_gone", self._table.hold or "wants count again")
+        self._status()
+
     # powerd
 
     def _hello(self) -> dict[str, object]:
         return {
             "role": "powerd-hw", "version": __version__, "wire": frames.WIRE_VERSION, "pid": os.getpid(),
             "generation": self._worker.generation, "boot_id": boot_id().hex(), "grace_s": self._config.hw.grace_s,
+            "control": self._table.control,
         }  # fmt: skip
 
     def _peer_arrived(self) -> None:
@@ -233,7 +255,7 @@ class Supervisor:
             rows = frames.decode_desired(frame)
             killpoint("hw.desired.received")
             if self._table.hold is None:
-                self._table.submit(head.seq, rows, self._clock.now_ns())
+                self._refuse(head.seq, self._table.submit(head.seq, rows, self._clock.now_ns()))
                 self._send_desired()
             else:
                 self._tell("desired_refused", f"{self._table.hold}: no wants until resume")
@@ -243,6 +265,19 @@ class Supervisor:
             raise FrameError("this powerd-hw takes no clock plans")
         else:
             raise FrameError(f"{head.kind.name} is not for powerd-hw")
+
+    def _refuse(self, seq: int, rows: list[frames.Desired]) -> None:
+        """Answer rows that the site does not let us set; the event comes once for the same rows."""
+        now_ns = self._clock.now_ns()
+        answers = [
+            Outcome(r.uuid, r.control, seq, r.value, Verdict.FAILED, detail=_MONITOR_ONLY, received_ns=now_ns) for r in rows
+        ]
+        for n in range(0, len(answers), _OUTCOMES):
+            self._door.send(frames.encode_outcomes(seq, now_ns, answers[n : n + _OUTCOMES]))
+        refused: frozenset[object] = frozenset((r.uuid, r.control, r.value) for r in rows)
+        if refused and refused != self._refused:
+            self._tell("desired_refused", _MONITOR_ONLY)
+        self._refused = refused
 
     def _command(self, command: Command, argument: int) -> None:
         if command is Command.PANIC:
@@ -265,6 +300,8 @@ class Supervisor:
         if self._table.hold == "shutdown":
             return
         self._table.release()
+        if self._panic_file:
+            self._tell("resume_refused", f"the panic file {self._config.daemon.panic_file} is still there: remove it")
         if self._worker.pid is None:
             self._worker.start(self._config)
         self._status()
@@ -272,7 +309,8 @@ class Supervisor:
     def _status(self) -> None:
         worker = self._worker
         state = {
-            "generation": worker.generation, "worker_pid": worker.pid, "serving": worker.ready, "hold": self._table.hold,
+            "generation": worker.generation, "worker_pid": worker.pid, "serving": worker.ready,
+            "hold": "panic" if self._table.hold == "panic_file" else self._table.hold, "control": self._table.control,
             "error": worker.error or None,
         }  # fmt: skip
         self._door.table(Table.STATUS, state)

@@ -146,13 +146,15 @@ class Rig:
         self.socket = self._short / "hw.sock"
         self.journal = tmp_path / "journal"
         self.config_file = tmp_path / "powerd.toml"
+        self.panic_file = tmp_path / "panic"
         self.configure()
         self.children: list[subprocess.Popen[str]] = []
         self._loads: list[Context] = []
 
-    def configure(self, hw: str = "", extra: str = "", grace_s: float = 0.5) -> None:
+    def configure(self, hw: str = "", extra: str = "", grace_s: float = 0.5, control: bool = True) -> None:
         places = f'journal_dir = "{self.journal}"\nrun_dir = "{self._short}"\n'
-        text = f"[hw]\n{places}grace_s = {grace_s}\nmin_dwell_s = 0\n{hw}\n{extra}\n"
+        daemon = f'[daemon]\ncontrol = {str(control).lower()}\npanic_file = "{self.panic_file}"\n'
+        text = f"{daemon}[hw]\n{places}grace_s = {grace_s}\nmin_dwell_s = 0\n{hw}\n{extra}\n"
         self.config_file.write_text(text)
         self.config_file.chmod(0o600)
 

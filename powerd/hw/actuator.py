@@ -88,15 +88,37 @@ class Actuator:
                 self._answer(pair, Verdict.APPLIED)
             return
         if new:
-            try:
-                pair.target = bounds.admit(value, pair.control, self.capabilities, self._config.limits)
-            except DeviceError as error:
-                pair.refused = error
+            self._admit(pair, value)
         pair.answered = False
         if pair.refused is not None:
             self._answer(pair, Verdict.FAILED, detail=str(pair.refused), nvml_code=pair.refused.nvml_code)
         elif pair.outcome is not None and (pair.held == pair.target or pair.yielded):
             self._repeat(pair)
+
+    def _admit(self, pair: Pair, value: Interval) -> None:
+        pair.target, pair.refused = None, None
+        try:
+            pair.target = bounds.admit(value, pair.control, self.capabilities, self._config.limits)
+        except DeviceError as error:
+            pair.refused = error
+
+    def configure(self, config: Config) -> None:
+        """A new configuration: what it still admits is not touched, the rest is cut to the new limits now or restored."""
+        with self._lock:
+            self._config = config
+            for pair in self._pairs.values():
+                refused_by_driver = pair.refused is not None and pair.target is not None
+                if pair.wish is None or pair.yielded or refused_by_driver:
+                    continue
+                before = pair.target
+                self._admit(pair, pair.wish)
+                if pair.target == before:
+                    continue
+                pair.attempts = pair.retry_ns = pair.stepped_down_ns = 0  # a limit does not wait for the dwell
+                pair.answered = False
+                if pair.refused is not None:
+                    self._answer(pair, Verdict.FAILED, detail=str(pair.refused), nvml_code=pair.refused.nvml_code)
+        self.changed()
 
     def _repeat(self, pair: Pair) -> None:
         """The wish is what is held already: answer with what is known, under the new number."""
@@ -202,7 +224,9 @@ class Actuator:
 
     def _restore(self, pair: Pair) -> None:
         entry = self._journal.entry(self.uuid, pair.control)
-        baseline = entry.baseline if entry else None
+        baseline = bounds.declared_baseline(pair.control, self._config.baseline)  # it may have been declared since
+        if baseline is None and entry is not None:
+            baseline = entry.baseline
         if baseline is None:
             baseline = bounds.fallback_baseline(pair.control, self.capabilities, self._config.baseline)
         if baseline is not None and self.capabilities.controls[pair.control].available:

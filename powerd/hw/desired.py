@@ -49,6 +49,10 @@ class DesiredTable:
         self.expire(now_ns)
         return [r for r in rows if (r.uuid, r.control) not in new and r.value is not None] if not self.control else []
 
+    def set_grace(self, grace_ns: int) -> None:
+        """How long settings outlive the next powerd that goes."""
+        self._grace_ns = grace_ns
+
     def forbid(self) -> None:
         """The site takes control away: everything that is set ends now."""
         self.control = self.adopting = False

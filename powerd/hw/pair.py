@@ -52,9 +52,14 @@ class Pair:
     candidate: tuple[Verdict, int] | None = field(default=None)
 
 
+def evicted(pair: Pair) -> bool:
+    """No value that the site permits is left for the wish: what the driver was told for it has to go."""
+    return pair.wish is not None and pair.target is None and pair.refused is not None and pair.refused.code.name == "bad_value"
+
+
 def decide(pair: Pair, now_ns: int) -> tuple[Act, int]:
     """What to do for a pair now, or (NOTHING, when to look again); pure."""
-    if pair.wish is None:
+    if pair.wish is None or evicted(pair):
         if not pair.touched:
             return Act.NOTHING, NEVER_NS
         return (Act.NOTHING, pair.retry_ns) if now_ns < pair.retry_ns else (Act.RESTORE, 0)

@@ -55,6 +55,10 @@ class Sampler:
     def _blank(self, now_ns: int, health: Health) -> Reading:
         return Reading(self.uuid, now_ns, health, self.tracker.epoch, energy_method=self.tracker.method)
 
+    def configure(self, config: HwConfig) -> None:
+        """A new configuration."""
+        self._config = config
+
     def sample(self) -> None:
         """Read the GPU once and publish what it said."""
         now_ns = self._clock.now_ns()
@@ -171,17 +175,24 @@ class Rounds:
         for one in self._rounds:
             one.waiter.wake()
 
+    def configure(self, hz: float) -> None:
+        """Another rate, from the next round on."""
+        if (period_ns := round(NS / hz)) != self._period_ns:
+            self._period_ns = period_ns
+            self.refresh()
+
     def stop(self) -> None:
         """End the threads as soon as their calls return."""
         self._stopped = True
         self.refresh()
 
     def _run(self, one: _Round) -> None:
-        due_ns, period_ns = self._clock.now_ns(), self._period_ns
+        due_ns = self._clock.now_ns()
         while not self._stopped and one.members:
             one.read()
             self._done()
-            now_ns = self._clock.now_ns()
+            now_ns, period_ns = self._clock.now_ns(), self._period_ns
+            due_ns = min(due_ns, now_ns + period_ns)  # the period may have become shorter
             if now_ns >= due_ns:  # late rounds are skipped, the phase stays
                 due_ns += (now_ns - due_ns) // period_ns * period_ns + period_ns
             one.waiter.wait_until(due_ns)

@@ -12,12 +12,14 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from powerd import __version__
 from powerd.clock import NS, Clock
 from powerd.config import Config, hw_socket, journal_dir
-from powerd.errors import CODES, EXIT_OK, EXIT_TEMPFAIL
+from powerd.errors import CODES, EXIT_OK, EXIT_TEMPFAIL, ConfigError
 from powerd.hw import fence, frames, handover
 from powerd.hw.desired import DesiredTable
 from powerd.hw.door import Door
@@ -33,14 +35,25 @@ from powerd.model import Event, Outcome, Restart, Verdict
 _STOP_LIMIT_S = 20.0
 _LONELY_S = 60.0  # a development child that nobody ever talked to
 _MONITOR_ONLY = "daemon.control = false in powerd-hw's own configuration: nothing is set"
+_FIXED = ("run_dir", "journal_dir", "peer_user")  # of [hw]: what a running powerd-hw cannot change
 _OUTCOMES = 64  # in one frame
 
 
 class Supervisor:
     """One powerd-hw; ``run`` serves until SIGTERM and returns the exit code."""
 
-    def __init__(self, config: Config, clock: Clock, *, path: Path | None = None, exit_with_peer: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        *,
+        path: Path | None = None,
+        exit_with_peer: bool = False,
+        load: Callable[[], Config] | None = None,
+    ) -> None:
         self._config, self._clock = config, clock
+        self._load = load or (lambda: config)  # reads the configuration again, at SIGHUP
+        self._config_error = ""
         self._path = path or hw_socket(config)
         self._directory = journal_dir(config)
         self._exit_with_peer = exit_with_peer
@@ -79,6 +92,7 @@ class Supervisor:
         )  # fmt: skip
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._look_for_panic_file()
         if until_ns := handover.until(self._directory, self._clock.now_ns()):
             self._table.begin_grace(until_ns)
@@ -102,6 +116,36 @@ class Supervisor:
         notify("STOPPING=1", "STATUS=restoring every GPU to baseline")
         self._stop_worker(Restart.SHUTDOWN)
         asyncio.get_running_loop().call_later(_STOP_LIMIT_S, self._finish, EXIT_TEMPFAIL)
+
+    def _reload(self) -> None:
+        """Take the configuration over as it is now in its files; one that is refused changes nothing."""
+        if self._served:
+            notify("RELOADING=1")
+        try:
+            self._configure(self._load())
+            self._config_error = ""
+        except ConfigError as error:
+            self._config_error = str(error)
+            self._tell("config_refused", f"{error}: the last good one stays in force")
+        if self._served:
+            notify("READY=1")
+        self._status()
+
+    def _configure(self, config: Config) -> None:
+        old = self._config.hw
+        fixed = {name: getattr(old, name) for name in _FIXED}
+        later = [f"hw.{name}" for name in _FIXED if getattr(config.hw, name) != fixed[name]]
+        self._config = config = replace(config, hw=replace(config.hw, **fixed))
+        self._table.set_grace(round(config.hw.grace_s * NS))
+        if not config.daemon.control:
+            self._table.forbid()
+        self._table.control = config.daemon.control
+        self._refused = frozenset()
+        self._worker.greet(config)
+        if not self._table.adopting:
+            self._send_desired()
+        self._look_for_panic_file()
+        self._tell("config_reloaded", f"takes effect at the next start: {', '.join(later)}" if later else "")
 
     def _finish(self, code: int) -> None:
         if not self._exit.done():
@@ -311,7 +355,7 @@ class Supervisor:
         state = {
             "generation": worker.generation, "worker_pid": worker.pid, "serving": worker.ready,
             "hold": "panic" if self._table.hold == "panic_file" else self._table.hold, "control": self._table.control,
-            "error": worker.error or None,
+            "error": worker.error or None, "config_error": self._config_error or None,
         }  # fmt: skip
         self._door.table(Table.STATUS, state)
 

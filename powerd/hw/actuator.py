@@ -95,6 +95,10 @@ class Actuator:
         elif pair.outcome is not None and (pair.held == pair.target or pair.yielded):
             self._repeat(pair)
 
+    def clock_wanted(self) -> bool:
+        """Whether a clock is set or being verified, so that every tick should see it."""
+        return any(p.wish is not None and p.control is not Control.POWER_LIMIT for p in self._pairs.values())
+
     def _admit(self, pair: Pair, value: Interval) -> None:
         pair.target, pair.refused = None, None
         try:

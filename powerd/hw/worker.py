@@ -152,7 +152,8 @@ class Worker:
         actuator = Actuator(device, capabilities, config, clock, self.journal, fence, self._line.outcome, tell)
         tracker = tracker_for(device, capabilities, self.journal)
         sampler = Sampler(
-            node, device, tracker, clock, config.hw, observe=actuator.observe, lost=actuator.lost, returned=actuator.returned,
+            node, device, tracker, clock, config.hw, observe=actuator.observe,
+            clock_wanted=actuator.clock_wanted, lost=actuator.lost, returned=actuator.returned,
             driver_gone=self._driver_gone, tell=tell,
         )  # fmt: skip
         return Gpu(actuator, sampler, clock, self._stale)

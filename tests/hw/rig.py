@@ -21,6 +21,7 @@ from powerd.hw import frames
 from powerd.hw.frames import Command, Desired, Kind, Table
 from powerd.model import Control, Interval, Outcome, Reading, Verdict
 from powerd.sim import node as nodes
+from powerd.sim.node import SimError
 from powerd.sim.workload import Context
 
 PATIENCE_S = 30.0
@@ -195,14 +196,21 @@ class Rig:
     @contextlib.contextmanager
     def load(self, gpu: int = 0, share: float = 0.2) -> Iterator[None]:
         """Light work, far below the power cap."""
-        context = Context(gpu, node=self.node)
-        thread = threading.Thread(target=lambda: contextlib.suppress(Exception) and context.load(share, 120.0), daemon=True)
+        context, over = Context(gpu, node=self.node), threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(SimError):  # the driver was reloaded under it
+                while not over.is_set():
+                    context.load(share, 0.25)
+
+        thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
             yield
         finally:
+            over.set()
+            thread.join()  # it must not outlive the node's memory
             context.close()
-            thread.join(5)
 
     def close(self) -> None:
         for child in self.children:

@@ -167,7 +167,7 @@ class Engine:
     @property
     def active(self) -> bool:
         """Whether wants count now; otherwise every GPU is at baseline or nobody may set anything."""
-        return self.config.daemon.control and not self.panic and self.quiesced_until_ns is None and not self.node.hold
+        return self.config.daemon.control and self.node.control and not (self.panic or self.quiesced_until_ns or self.node.hold)
 
     def _preview(self, leases: Collection[Lease], dwell_s: float) -> Reconciled:
         unreachable = self.node.unreachable()
@@ -221,7 +221,7 @@ class Engine:
     # --- leases -------------------------------------------------------------------------------------
 
     def _check_may_set(self) -> None:
-        if not self.config.daemon.control:
+        if not (self.config.daemon.control and self.node.control):
             raise RequestError(
                 "powerd only monitors", code="monitor_only", hint="set control = true in [daemon] and reload powerd"
             )

@@ -47,8 +47,7 @@ class HwChild:
 
     async def run(self) -> None:
         """Keep the child running until ``stop``; a configuration that it refuses (78) is not tried again."""
-        self._config_file.write_text(toml(self._config))
-        self._config_file.chmod(0o600)
+        self._write()
         failures = 0
         while not self._stopping:
             started = asyncio.get_running_loop().time()
@@ -63,6 +62,20 @@ class HwChild:
                 return
             failures = 0 if asyncio.get_running_loop().time() - started > 60 else failures + 1
             await asyncio.sleep(_RESTART_S[min(failures, len(_RESTART_S) - 1)])
+
+    def _write(self) -> None:
+        new = self._config_file.with_suffix(".new")
+        new.write_text(toml(self._config))
+        new.chmod(0o600)
+        new.replace(self._config_file)
+
+    def reload(self, config: Config) -> None:
+        """Give the child a new configuration; one that is not up yet reads it when it starts."""
+        self._config = config
+        self._write()
+        if self.pid is not None and self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
 
     async def stop(self) -> None:
         """Ask the child to end (it puts everything back), then make sure."""

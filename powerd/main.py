@@ -102,6 +102,11 @@ def load_config(arguments: argparse.Namespace) -> Config:
     return replace(config, daemon=replace(config.daemon, **changes))
 
 
+def for_child(config: Config, state_dir: Path) -> Config:
+    """The configuration of a powerd-hw that is our child: its journal is beside our own state unless it has a place."""
+    return replace(config, hw=replace(config.hw, journal_dir=config.hw.journal_dir or str(state_dir / "hw")))
+
+
 def _run(arguments: argparse.Namespace) -> int:
     try:
         import aiohttp  # noqa: F401
@@ -197,8 +202,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         child = None
         if not arguments.hw_socket:
             make_dir(hw_socket.parent, 0o700)
-            journal = config.hw.journal_dir or str(state_dir / "hw")
-            child = HwChild(hw_socket, replace(config, hw=replace(config.hw, journal_dir=journal)))
+            child = HwChild(hw_socket, for_child(config, state_dir))
 
         def reload() -> None:
             nonlocal reload_error, tcp_token
@@ -206,6 +210,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             try:
                 new = load_config(arguments)
                 tcp_token = check_tcp(new.tcp)
+                if child is not None:
+                    child.reload(for_child(new, state_dir))
                 engine.apply_config(new)
                 reload_error = ""
                 events.add("config_reloaded")

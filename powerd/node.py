@@ -114,6 +114,11 @@ class Node:
         self.users = {uuid: frozenset(uid for pid in pids if (uid := uids[pid]) is not None) for uuid, pids in processes.items()}
 
     @property
+    def control(self) -> bool:
+        """Whether hw's own configuration lets anything be set; taken for granted until it says no."""
+        return bool(self.status.get("control", True))
+
+    @property
     def hold(self) -> str:
         """Why hw refuses wants (panic, quiesced, safe_mode, shutdown); empty when it does not."""
         return str(self.status.get("hold") or "")

@@ -38,6 +38,8 @@ def control_why(engine: Engine) -> str:
     node = engine.node
     if not engine.config.daemon.control:
         return "monitor only: set control = true in [daemon] and reload powerd"
+    if not node.control:
+        return "monitor only: powerd-hw's own configuration says control = false: set it there and reload powerd-hw"
     if engine.panic:
         return "panic: powerctl resume ends it"
     if engine.quiesced_until_ns is not None:

@@ -190,10 +190,7 @@ def after_stop(run_dir: Path, journal_dir: Path, proc: Path = Path("/proc")) -> 
     except PermissionError:
         found.append(Finding("journal", Level.NOTE, f"{journal} cannot be read", "run it as root"))
     else:
-        # Of which driver load the file is does not matter here: nothing may be open, so its own word is taken.
-        load = journals._HEADER.unpack_from(data)[4] if len(data) >= journals.RECORD_BYTES else b""
-        known = journals.parse(data, journals.boot_id(), load)
-        rows = [f"{uuid} {control}" for uuid, control in known.entries] + ([known.damaged] if known.damaged else [])
+        rows = journals.not_undone(data)
         found += [Finding("journal", Level.PROBLEM, f"not undone: {row}", "powerd restore") for row in rows]
         if not rows:
             found.append(Finding("journal", Level.OK, "everything that was set has been undone"))

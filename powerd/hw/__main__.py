@@ -50,7 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "serve":
             from powerd.hw.supervisor import Supervisor
 
-            supervisor = Supervisor(config, clock, path=arguments.socket, exit_with_peer=arguments.exit_with_peer)
+            supervisor = Supervisor(
+                config, clock, path=arguments.socket, exit_with_peer=arguments.exit_with_peer,
+                load=lambda: configuration.load(arguments.config),
+            )  # fmt: skip
             parent = None if arguments.parent_fd is None else socket.socket(fileno=arguments.parent_fd)
             return int(clocks.run(clock, supervisor.run(parent)))
         from powerd.hw import restore

@@ -7,9 +7,8 @@ pair on its own, so that no failure of one keeps another from its baseline; appl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from powerd.clock import NEVER_NS, NS, Clock
 from powerd.config import Config
@@ -17,68 +16,18 @@ from powerd.errors import DeviceError
 from powerd.hw import bounds, port, verify
 from powerd.hw.fence import Fence
 from powerd.hw.journal import Journal
+from powerd.hw.pair import Act, Pair, decide, is_news, look
 from powerd.hw.port import Device
 from powerd.killpoint import killpoint
 from powerd.model import Capabilities, Control, Interval, Outcome, Reading, Restart, Support, Verdict
 
 _RETRY_NS = NS // 2
 _RETRY_MAX_NS = 30 * NS
-_STEADY_NS = NS  # a settled verdict changes only when the new one lasts this long
 _QUIET_NS = 60 * NS  # without drift for this long, enforcing starts over with its shortest pause
 _HOPELESS = frozenset({"no_permission", "not_supported", "bad_value"})  # asking again cannot help
 
 Emit = Callable[[Outcome], None]
 Tell = Callable[..., None]  # kind, uuid, subject, detail, **data
-
-
-class Act(Enum):
-    """What has to be done for a pair."""
-
-    NOTHING = 0
-    SET = 1
-    RESTORE = 2
-
-
-@dataclass(slots=True)
-class Pair:
-    """One (GPU, control): what is wished, what the driver was told, what is known of it."""
-
-    control: Control
-    wish: Interval | None = None
-    seq: int = 0
-    received_ns: int = 0
-    dwell_ns: int = 0
-    cause: Restart = Restart.LEASE_END
-    target: Interval | None = None  # the wish as the device and the site admit it
-    refused: DeviceError | None = None
-    touched: bool = False  # it is or may be away from baseline
-    held: Interval | None = None  # what the driver took; None with ``touched``: not known
-    set_ns: int = 0
-    stepped_down_ns: int = 0
-    attempts: int = 0
-    retry_ns: int = 0
-    drifts: int = 0
-    drift_ns: int = 0
-    yielded: bool = False
-    outcome: Outcome | None = None
-    answered: bool = True  # the present wish has had its first settled outcome
-    candidate: tuple[Verdict, int] | None = field(default=None)
-
-
-def decide(pair: Pair, now_ns: int) -> tuple[Act, int]:
-    """What to do for a pair now, or (NOTHING, when to look again); pure."""
-    if pair.wish is None:
-        if not pair.touched:
-            return Act.NOTHING, NEVER_NS
-        return (Act.NOTHING, pair.retry_ns) if now_ns < pair.retry_ns else (Act.RESTORE, 0)
-    if pair.refused or pair.yielded or pair.target is None or pair.held == pair.target:
-        return Act.NOTHING, NEVER_NS
-    if now_ns < pair.retry_ns:
-        return Act.NOTHING, pair.retry_ns
-    due_ns = pair.stepped_down_ns + pair.dwell_ns
-    if pair.stepped_down_ns and pair.held is not None and pair.target.high < pair.held.high and now_ns < due_ns:
-        return Act.NOTHING, due_ns
-    return Act.SET, 0
 
 
 class Actuator:
@@ -139,15 +88,41 @@ class Actuator:
                 self._answer(pair, Verdict.APPLIED)
             return
         if new:
-            try:
-                pair.target = bounds.admit(value, pair.control, self.capabilities, self._config.limits)
-            except DeviceError as error:
-                pair.refused = error
+            self._admit(pair, value)
         pair.answered = False
         if pair.refused is not None:
             self._answer(pair, Verdict.FAILED, detail=str(pair.refused), nvml_code=pair.refused.nvml_code)
         elif pair.outcome is not None and (pair.held == pair.target or pair.yielded):
             self._repeat(pair)
+
+    def clock_wanted(self) -> bool:
+        """Whether a clock is set or being verified, so that every tick should see it."""
+        return any(p.wish is not None and p.control is not Control.POWER_LIMIT for p in self._pairs.values())
+
+    def _admit(self, pair: Pair, value: Interval) -> None:
+        pair.target, pair.refused = None, None
+        try:
+            pair.target = bounds.admit(value, pair.control, self.capabilities, self._config.limits)
+        except DeviceError as error:
+            pair.refused = error
+
+    def configure(self, config: Config) -> None:
+        """A new configuration: what it still admits is not touched, the rest is cut to the new limits now or restored."""
+        with self._lock:
+            self._config = config
+            for pair in self._pairs.values():
+                refused_by_driver = pair.refused is not None and pair.target is not None
+                if pair.wish is None or pair.yielded or refused_by_driver:
+                    continue
+                before = pair.target
+                self._admit(pair, pair.wish)
+                if pair.target == before:
+                    continue
+                pair.attempts = pair.retry_ns = pair.stepped_down_ns = 0  # a limit does not wait for the dwell
+                pair.answered = False
+                if pair.refused is not None:
+                    self._answer(pair, Verdict.FAILED, detail=str(pair.refused), nvml_code=pair.refused.nvml_code)
+        self.changed()
 
     def _repeat(self, pair: Pair) -> None:
         """The wish is what is held already: answer with what is known, under the new number."""
@@ -253,7 +228,9 @@ class Actuator:
 
     def _restore(self, pair: Pair) -> None:
         entry = self._journal.entry(self.uuid, pair.control)
-        baseline = entry.baseline if entry else None
+        baseline = bounds.declared_baseline(pair.control, self._config.baseline)  # it may have been declared since
+        if baseline is None and entry is not None:
+            baseline = entry.baseline
         if baseline is None:
             baseline = bounds.fallback_baseline(pair.control, self.capabilities, self._config.baseline)
         if baseline is not None and self.capabilities.controls[pair.control].available:
@@ -340,19 +317,9 @@ class Actuator:
             with self._lock:
                 if pair.held is None or pair.held != pair.target or pair.outcome is None:
                     continue
-                finding = self._look(pair, pair.held, reading, slow_ns)
+                finding = look(pair, pair.held, reading, slow_ns)
                 if finding is not None:
                     self._judge(pair, finding, reading.time_ns)
-
-    def _look(self, pair: Pair, held: Interval, reading: Reading, slow_ns: int) -> verify.Finding | None:
-        if pair.control is Control.POWER_LIMIT:
-            if slow_ns <= pair.set_ns:
-                return None
-            return verify.limit(held.high, reading.power_limit_requested_mw, reading.power_limit_enforced_mw)
-        if pair.control is Control.SM_CLOCK:
-            return verify.clock(held, reading.sm_clock_mhz, reading, pair.set_ns)
-        fresh = reading if slow_ns > pair.set_ns else replace(reading, memory_clock_mhz=None)
-        return verify.clock(held, fresh.memory_clock_mhz, reading, pair.set_ns)
 
     def _judge(self, pair: Pair, finding: verify.Finding, now_ns: int) -> None:
         last = pair.outcome
@@ -360,17 +327,8 @@ class Actuator:
             return
         if finding.drift and self._drifted(pair, finding, now_ns):
             return
-        same = finding.verdict is last.verdict and (finding.verdict is not Verdict.OVERRIDDEN or finding.detail == last.detail)
-        if same or (finding.verdict in (Verdict.PENDING_LOAD, Verdict.PENDING) and last.verdict is not Verdict.PENDING):
-            pair.candidate = None
+        if not is_news(pair, last, finding, now_ns):
             return
-        settled = last.verdict not in (Verdict.PENDING, Verdict.PENDING_LOAD)
-        if settled:
-            if pair.candidate is None or pair.candidate[0] is not finding.verdict:
-                pair.candidate = (finding.verdict, now_ns)
-            if now_ns - pair.candidate[1] < _STEADY_NS:
-                return
-        pair.candidate = None
         self._send(pair, self._found(replace(last, seq=pair.seq), finding))
 
     def _drifted(self, pair: Pair, finding: verify.Finding, now_ns: int) -> bool:
@@ -437,13 +395,3 @@ class Actuator:
             if self._away:
                 return []
             return [c for c, p in self._pairs.items() if p.touched and p.wish is None]
-
-
-def by_gpu(
-    rows: Iterable[tuple[str, Control, Interval | None, int, Restart]],
-) -> dict[str, dict[Control, tuple[Interval | None, int, Restart]]]:
-    """Desired rows sorted by GPU, as ``Actuator.want`` takes them."""
-    table: dict[str, dict[Control, tuple[Interval | None, int, Restart]]] = {}
-    for uuid, control, value, dwell_ns, cause in rows:
-        table.setdefault(uuid, {})[control] = (value, dwell_ns, cause)
-    return table

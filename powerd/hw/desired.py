@@ -15,15 +15,19 @@ from powerd.model import Control, Restart
 _CRASH_WINDOW_NS = 60 * NS
 _CRASHES = 3
 _CAUSES: tuple[Restart, ...] = tuple(Restart)
+#: What can hold wants back, the one that counts first; a panic file is a hold of its own because only its removal ends it.
+HOLDS = ("shutdown", "quiesced", "panic", "panic_file", "safe_mode")
+_RELEASED = ("quiesced", "panic", "safe_mode")  # by a resume
 
 
 class DesiredTable:
     """The supervisor's memory of what powerd wants."""
 
-    def __init__(self, grace_ns: int) -> None:
+    def __init__(self, grace_ns: int, *, control: bool = True) -> None:
         self.seq = 0
         self.received_ns = 0
-        self.hold: str | None = None  # why wants are refused: "panic", "quiesced", "safe_mode", "shutdown"
+        self.control = control  # the site lets settings be made; without it the table only ever undoes
+        self._holds: set[str] = set()
         self.adopting = False  # after a hand-over nobody has said yet what the settings in the journal are for
         self._grace_ns = grace_ns
         self._rows: dict[tuple[str, Control], Desired] = {}
@@ -31,13 +35,29 @@ class DesiredTable:
         self._grace_until_ns: int | None = None
         self._crashes: list[int] = []
 
-    def submit(self, seq: int, rows: Sequence[Desired], now_ns: int) -> None:
-        """powerd's new table: takes the place of the old one and ends any grace."""
-        new = {(r.uuid, r.control): r for r in rows}
+    @property
+    def hold(self) -> str | None:
+        """Why wants are refused, one of HOLDS; ``None`` when they are not."""
+        return next((h for h in HOLDS if h in self._holds), None)
+
+    def submit(self, seq: int, rows: Sequence[Desired], now_ns: int) -> list[Desired]:
+        """powerd's new table: takes the place of the old one and ends any grace; the rows that control = false refuses."""
+        new = {(r.uuid, r.control): r for r in rows if self.control or r.value is None}
         self._ended = {key: Restart.LEASE_END for key in self._rows if key not in new}
         self._rows, self.seq, self.received_ns, self._grace_until_ns = new, seq, now_ns, None
         self.adopting = False
         self.expire(now_ns)
+        return [r for r in rows if (r.uuid, r.control) not in new and r.value is not None] if not self.control else []
+
+    def set_grace(self, grace_ns: int) -> None:
+        """How long settings outlive the next powerd that goes."""
+        self._grace_ns = grace_ns
+
+    def forbid(self) -> None:
+        """The site takes control away: everything that is set ends now."""
+        self.control = self.adopting = False
+        self._ended.update(dict.fromkeys(self._rows, Restart.LEASE_END))
+        self._rows.clear()
 
     def peer_gone(self, now_ns: int) -> None:
         """powerd's connection has closed: its settings live on for the grace."""
@@ -46,7 +66,8 @@ class DesiredTable:
 
     def begin_grace(self, until_ns: int) -> None:
         """After a hand-over: what the journal holds is left alone until powerd has spoken or this moment has come."""
-        self._grace_until_ns, self.adopting = until_ns, True
+        if self.control and self.hold is None:
+            self._grace_until_ns, self.adopting = until_ns, True
 
     @property
     def in_grace(self) -> bool:
@@ -76,14 +97,15 @@ class DesiredTable:
         return min(times, default=NEVER_NS)
 
     def drop(self, hold: str, cause: Restart) -> None:
-        """Everything to baseline, and no wants until ``release``."""
-        self.hold, self.adopting = hold, False
+        """Everything to baseline, and no wants until ``release``; ``hold`` is one of HOLDS."""
+        self._holds.add(hold)
+        self.adopting = False
         self._ended.update(dict.fromkeys(self._rows, cause))
         self._rows.clear()
 
-    def release(self) -> None:
-        """Wants count again; powerd sends its table anew."""
-        self.hold = None
+    def release(self, *holds: str) -> None:
+        """These holds end (default: all that a resume ends); when none is left wants count again and powerd sends them anew."""
+        self._holds.difference_update(holds or _RELEASED)
         self._crashes.clear()
 
     def worker_died(self, now_ns: int) -> bool:

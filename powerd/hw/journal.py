@@ -153,6 +153,15 @@ def is_clean(directory: Path) -> bool:
     return not found.entries and not found.damaged
 
 
+def not_undone(data: bytes) -> list[str]:
+    """One line for each thing that a journal's bytes say is away from its baseline; none when all has been undone.
+
+    For a reader without a driver: which load the file is of does not matter to it, so the file's own word is taken.
+    """
+    found = parse(data, boot_id(), None)
+    return [f"{uuid} {control.value}" for uuid, control in found.entries] + ([found.damaged] if found.damaged else [])
+
+
 class Journal:
     """The open journal of the one worker that may write; every method may be called from any thread."""
 

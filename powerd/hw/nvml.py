@@ -147,16 +147,17 @@ class NvmlDevice:
     def _usage_is_instant(self) -> bool:
         return self._architecture < _ARCH_AMPERE or any(mark in self._gpu.name for mark in _GA100)
 
-    def fast(self) -> Fast:
+    def fast(self, clocks: bool = True) -> Fast:
         nvml, handle = self._nvml, self._handle
         found = self._field_values(self._fields)
         fast = Fast(
             energy_mj=found.get(_FIELD_ENERGY),
             power_mw=found.get(_FIELD_INSTANT),
             power_average_mw=found.get(_FIELD_AVERAGE),
-            sm_clock_mhz=self._read_known(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            clock_event_reasons=self._read_known(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle),
         )
+        if clocks:
+            fast.sm_clock_mhz = self._read_known(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM)
+            fast.clock_event_reasons = self._read_known(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
         if self._energy_call:
             fast.energy_mj = self._read(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         if self._power_call:

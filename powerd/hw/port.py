@@ -63,7 +63,7 @@ def wedged(what: str, deadline_s: float) -> DeviceError:
 
 @dataclass(slots=True)
 class Fast:
-    """What is read on every tick."""
+    """What is read on every tick; the clock and its reasons only when asked for."""
 
     energy_mj: int | None = None
     power_mw: int | None = None
@@ -95,8 +95,8 @@ class Sensor(Protocol):
     def capabilities(self) -> Capabilities:
         """What it can do under the loaded driver; changes nothing on the device."""
 
-    def fast(self) -> Fast:
-        """Energy, power, SM clock and clock event reasons now."""
+    def fast(self, clocks: bool = True) -> Fast:
+        """Energy and power now, with ``clocks`` also SM clock and clock event reasons, which cost a call each."""
 
     def slow(self) -> Slow:
         """The readings that move slowly."""

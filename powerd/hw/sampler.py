@@ -1,7 +1,8 @@
 """Reads every GPU on time: all of them in one round as long as they answer, a thread of its own for one that does not.
 
-House rules: one writer of each reading, readers take the swapped reference; three driver calls a tick and the rest once a second;
-a value that was not read is ``None``; waking a thread costs more than reading a GPU, so threads are only made when one hangs.
+House rules: one writer of each reading, readers take the swapped reference; energy and power on every tick, clocks on every tick
+while one is set and on every second one otherwise, the rest once a second; a value that was not read is ``None``; waking a
+thread costs more than reading a GPU, so threads are only made when one hangs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from powerd.model import Health, Reading
 
 _SLOW_NS = NS
 _HELD_UP_NS = NS // 4  # reads take tens of milliseconds at worst
+_EVERY_TICK_HZ = 5  # at this rate or below no clock is left out
 _LOOK_NS = NS  # how often a lost GPU is looked for
 
 
@@ -39,21 +41,28 @@ class Sampler:
         returned: Callable[[Device], None],
         driver_gone: Callable[[DeviceError], None],
         tell: Callable[..., None],
+        clock_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.uuid = device.gpu.uuid
         self.tracker = tracker
         self.processes: tuple[GpuProcess, ...] | None = None
         self.wedged = False
         self._node, self._device, self._clock, self._config = node, device, clock, config
-        self._observe, self._on_lost, self._on_returned = observe, lost, returned
+        self._observe, self._clock_wanted, self._on_lost, self._on_returned = observe, clock_wanted, lost, returned
         self._driver_gone, self._tell = driver_gone, tell
         self._slow, self._slow_ns, self._processes_ns = Slow(), 0, 0
+        self._tick = device.gpu.index  # neighbours take turns, so that every tick costs the same
+        self._clocks: tuple[int | None, int | None] | None = None  # as last read: SM clock, clock event reasons
         self.busy_ns = 0  # since when a driver call is under way
         self._health = Health.UP
         self.reading = self._blank(clock.now_ns(), Health.UP)
 
     def _blank(self, now_ns: int, health: Health) -> Reading:
         return Reading(self.uuid, now_ns, health, self.tracker.epoch, energy_method=self.tracker.method)
+
+    def configure(self, config: HwConfig) -> None:
+        """A new configuration."""
+        self._config = config
 
     def sample(self) -> None:
         """Read the GPU once and publish what it said."""
@@ -75,7 +84,12 @@ class Sampler:
 
     def _read(self, now_ns: int) -> None:
         device, tracker = self._device, self.tracker
-        fast = device.fast()
+        self._tick += 1
+        turn = bool(self._tick & 1) or self._clocks is None or self._config.sample_hz <= _EVERY_TICK_HZ
+        clocks = turn or self._clock_wanted()
+        fast = device.fast(clocks)
+        if clocks:
+            self._clocks = fast.sm_clock_mhz, fast.clock_event_reasons
         epoch = tracker.epoch
         tracker.feed(now_ns, fast)
         if tracker.epoch != epoch:
@@ -84,14 +98,15 @@ class Sampler:
             self._slow, self._slow_ns = device.slow(), now_ns
         elif now_ns - self._processes_ns >= _SLOW_NS:  # never both in one tick
             self.processes, self._processes_ns = device.processes(), now_ns
+        sm_clock_mhz, clock_event_reasons = self._clocks or (None, None)
         slow, health = self._slow, Health.SUSPECT if tracker.suspect else Health.UP
         if health is not self._health:
             self._say(health, "the energy counter stands still while power is drawn" if tracker.suspect else "")
         self.reading = reading = Reading(
             self.uuid, now_ns, health, tracker.epoch, tracker.energy_mj, tracker.energy_time_ns, fast.power_mw,
-            fast.power_average_mw, fast.sm_clock_mhz, slow.memory_clock_mhz, slow.temperature_c, slow.utilization_percent,
+            fast.power_average_mw, sm_clock_mhz, slow.memory_clock_mhz, slow.temperature_c, slow.utilization_percent,
             slow.memory_used_bytes, slow.memory_total_bytes, slow.power_limit_requested_mw, slow.power_limit_enforced_mw,
-            fast.clock_event_reasons, tracker.method,
+            clock_event_reasons, tracker.method,
         )  # fmt: skip
         self._observe(reading, self._slow_ns)
 
@@ -103,7 +118,7 @@ class Sampler:
         if error.nvml_code in port.DRIVER_GONE:
             self._driver_gone(error)
         health = Health.LOST if error.code.name == "gpu_lost" else Health.SUSPECT
-        self.reading = self._blank(now_ns, health)
+        self.reading, self._clocks = self._blank(now_ns, health), None
         if health is self._health:
             return
         self._say(health, str(error))
@@ -171,17 +186,24 @@ class Rounds:
         for one in self._rounds:
             one.waiter.wake()
 
+    def configure(self, hz: float) -> None:
+        """Another rate, from the next round on."""
+        if (period_ns := round(NS / hz)) != self._period_ns:
+            self._period_ns = period_ns
+            self.refresh()
+
     def stop(self) -> None:
         """End the threads as soon as their calls return."""
         self._stopped = True
         self.refresh()
 
     def _run(self, one: _Round) -> None:
-        due_ns, period_ns = self._clock.now_ns(), self._period_ns
+        due_ns = self._clock.now_ns()
         while not self._stopped and one.members:
             one.read()
             self._done()
-            now_ns = self._clock.now_ns()
+            now_ns, period_ns = self._clock.now_ns(), self._period_ns
+            due_ns = min(due_ns, now_ns + period_ns)  # the period may have become shorter
             if now_ns >= due_ns:  # late rounds are skipped, the phase stays
                 due_ns += (now_ns - due_ns) // period_ns * period_ns + period_ns
             one.waiter.wait_until(due_ns)

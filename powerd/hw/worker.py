@@ -13,16 +13,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from powerd.clock import NS, Clock, from_environment
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_TEMPFAIL, DeviceError
 from powerd.hw import bounds, frames, handover, nvml
-from powerd.hw.actuator import Actuator, by_gpu
+from powerd.hw.actuator import Actuator
 from powerd.hw.energy import EnergyTracker
 from powerd.hw.fence import Fence, StaleGenerationError
 from powerd.hw.frames import Command, Kind, Table
 from powerd.hw.journal import Journal
+from powerd.hw.pair import by_gpu
 from powerd.hw.port import Device, Node
 from powerd.hw.sampler import Rounds, Sampler
 from powerd.hw.tables import GpuProcess, capabilities_row, event_row, processes_row
@@ -129,6 +131,7 @@ class Worker:
         self._ending: Restart | None = None
         self._leave = False
         self._started = threading.Lock()
+        self._hellos = frames.TableReader()
         self._fatal = ""
         devices = list(node.devices())
         if node.count() > len(devices):
@@ -149,7 +152,8 @@ class Worker:
         actuator = Actuator(device, capabilities, config, clock, self.journal, fence, self._line.outcome, tell)
         tracker = tracker_for(device, capabilities, self.journal)
         sampler = Sampler(
-            node, device, tracker, clock, config.hw, observe=actuator.observe, lost=actuator.lost, returned=actuator.returned,
+            node, device, tracker, clock, config.hw, observe=actuator.observe,
+            clock_wanted=actuator.clock_wanted, lost=actuator.lost, returned=actuator.returned,
             driver_gone=self._driver_gone, tell=tell,
         )  # fmt: skip
         return Gpu(actuator, sampler, clock, self._stale)
@@ -219,6 +223,9 @@ class Worker:
             for gpu in self._gpus:
                 gpu.actuator.want(table.get(gpu.actuator.uuid, {}), head.seq, head.time_ns)
             self._start_setters()
+        elif head.kind is Kind.HELLO:
+            if (whole := self._hellos.feed(frame)) is not None:
+                self._configure(config_of(whole[1]))
         elif head.kind is Kind.COMMAND:
             command, argument = frames.decode_command(frame)
             if command is Command.QUIESCE:
@@ -228,14 +235,22 @@ class Worker:
                 self._rounds.refresh()
             self._waiter.wake()
 
+    def _configure(self, config: Config) -> None:
+        """A reload: nothing is opened anew, and what the new configuration admits stays as it is."""
+        self._config = config
+        for gpu in self._gpus:
+            gpu.sampler.configure(config.hw)
+            gpu.actuator.configure(config)
+        self._rounds.configure(config.hw.sample_hz)
+
     # the rounds
 
     def run(self) -> int:
         """Serve until told to end; the exit code."""
-        period_ns = round(NS / self._config.hw.sample_hz)
         noted_ns = 0
         self._rounds.start()
         while not self._fatal and self._ending is None:
+            period_ns = round(NS / self._config.hw.sample_hz)
             now_ns = self._waiter.wait_until(self._clock.now_ns() + max(period_ns, _WATCH_NS))
             self._watch(now_ns)
             if now_ns - self._sent_ns > period_ns * 3 // 2:
@@ -311,6 +326,12 @@ def greeting(config: Config, directory: Path, generation: int) -> dict[str, obje
     return {"config": asdict(config), "directory": str(directory), "generation": generation}
 
 
+def config_of(hello: Any) -> Config:
+    """The configuration in a greeting."""
+    sections = {f.name: type(getattr(Config(), f.name))(**hello["config"][f.name]) for f in fields(Config)}
+    return Config(**sections)
+
+
 def _greeted(link: socket.socket, clock: Clock) -> tuple[Config, Path, int]:
     reader = frames.TableReader()
     while True:
@@ -320,8 +341,7 @@ def _greeted(link: socket.socket, clock: Clock) -> tuple[Config, Path, int]:
             raise SystemExit(EXIT_TEMPFAIL)
         if (whole := reader.feed(frame)) is not None:
             content = whole[1]
-            sections = {f.name: type(getattr(Config(), f.name))(**content["config"][f.name]) for f in fields(Config)}
-            return Config(**sections), Path(content["directory"]), int(content["generation"])
+            return config_of(content), Path(content["directory"]), int(content["generation"])
 
 
 def main(descriptor: int) -> int:

@@ -21,6 +21,7 @@ from powerd.hw import frames
 from powerd.hw.frames import Command, Desired, Kind, Table
 from powerd.model import Control, Interval, Outcome, Reading, Verdict
 from powerd.sim import node as nodes
+from powerd.sim.node import SimError
 from powerd.sim.workload import Context
 
 PATIENCE_S = 30.0
@@ -146,13 +147,15 @@ class Rig:
         self.socket = self._short / "hw.sock"
         self.journal = tmp_path / "journal"
         self.config_file = tmp_path / "powerd.toml"
+        self.panic_file = tmp_path / "panic"
         self.configure()
         self.children: list[subprocess.Popen[str]] = []
         self._loads: list[Context] = []
 
-    def configure(self, hw: str = "", extra: str = "", grace_s: float = 0.5) -> None:
+    def configure(self, hw: str = "", extra: str = "", grace_s: float = 0.5, control: bool = True) -> None:
         places = f'journal_dir = "{self.journal}"\nrun_dir = "{self._short}"\n'
-        text = f"[hw]\n{places}grace_s = {grace_s}\nmin_dwell_s = 0\n{hw}\n{extra}\n"
+        daemon = f'[daemon]\ncontrol = {str(control).lower()}\npanic_file = "{self.panic_file}"\n'
+        text = f"{daemon}[hw]\n{places}grace_s = {grace_s}\nmin_dwell_s = 0\n{hw}\n{extra}\n"
         self.config_file.write_text(text)
         self.config_file.chmod(0o600)
 
@@ -193,14 +196,21 @@ class Rig:
     @contextlib.contextmanager
     def load(self, gpu: int = 0, share: float = 0.2) -> Iterator[None]:
         """Light work, far below the power cap."""
-        context = Context(gpu, node=self.node)
-        thread = threading.Thread(target=lambda: contextlib.suppress(Exception) and context.load(share, 120.0), daemon=True)
+        context, over = Context(gpu, node=self.node), threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(SimError):  # the driver was reloaded under it
+                while not over.is_set():
+                    context.load(share, 0.25)
+
+        thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
             yield
         finally:
+            over.set()
+            thread.join()  # it must not outlive the node's memory
             context.close()
-            thread.join(5)
 
     def close(self) -> None:
         for child in self.children:

@@ -34,10 +34,10 @@ def test_stepped_samples_come_exactly_on_their_period(make_rig: Callable[..., Ri
     rig = make_rig(time="stepped", gpus=2, latency=1.0)
     rig.serve()
     powerd = rig.connect()
-    times = []
+    times: list[int] = []
     while len(times) < 50:
-        seen = powerd.snapshots
-        powerd.until(lambda seen=seen: powerd.snapshots > seen)
+        powerd.snapshots = 0
+        powerd.until(lambda: powerd.snapshots)
         assert all(r.health is Health.UP for r in powerd.readings)
         times.append(powerd.readings[0].time_ns)
     gaps = {b - a for a, b in pairwise(times)}

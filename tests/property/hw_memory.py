@@ -107,7 +107,7 @@ class MemoryGpu:
     def power_limits_mw(self) -> tuple[int | None, int | None]:
         return self.limit_mw, self.limit_mw
 
-    def fast(self) -> port.Fast:
+    def fast(self, clocks: bool = True) -> port.Fast:
         return port.Fast()
 
     def slow(self) -> port.Slow:

@@ -129,6 +129,41 @@ def test_what_is_set_is_what_the_last_table_says_and_the_rest_is_baseline(
             assert gpu.memory == table.get(Control.MEMORY_CLOCK)
 
 
+limits = st.tuples(st.integers(1, 2000), st.integers(1, 2000), st.integers(200, 700), st.integers(200, 700))
+
+
+@settings(max_examples=50, deadline=None)
+@given(tables, st.lists(limits, min_size=1, max_size=3))
+def test_after_any_reload_what_is_set_is_within_the_sites_limits_or_baseline(
+    table: dict[Control, Interval], reloads: list[tuple[int, int, int, int]]
+) -> None:
+    with place() as directory:
+        nodes, clock = gpus(), HandClock()
+        hands = Hands(nodes, directory, config(), clock)
+        hands.want(0, dict(table), dwell_ns=10**15)
+        hands.settle()
+        for clock_a, clock_b, watts_a, watts_b in reloads:
+            low, high, least, most = min(clock_a, clock_b), max(clock_a, clock_b), min(watts_a, watts_b), max(watts_a, watts_b)
+            before, calls = nodes[0].state, len(nodes[0].calls)
+            hands.actuators[0].configure(
+                config(
+                    f"[hw]\nmin_dwell_s = 0\n[limits]\nsm_clock_min_mhz = {low}\nsm_clock_max_mhz = {high}\n"
+                    f"power_limit_min_w = {least}\npower_limit_max_w = {most}"
+                )
+            )
+            hands.settle()
+            gpu = nodes[0]
+            assert gpu.sm is None or low <= gpu.sm.low <= gpu.sm.high <= high
+            assert gpu.sm is None or Control.SM_CLOCK in table
+            assert least * 1000 <= gpu.limit_mw <= most * 1000 or Control.POWER_LIMIT not in table
+            if gpu.state == before:
+                assert len(gpu.calls) == calls
+        hands.want(0, {})
+        hands.actuators[0].configure(config())
+        hands.settle()
+        assert nodes[0].state == (FOUND_MW, None, None)
+
+
 def test_one_gpu_that_refuses_does_not_keep_another_from_baseline() -> None:
     with place() as directory:
         nodes, clock = gpus(), HandClock()

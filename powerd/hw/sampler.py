@@ -177,7 +177,9 @@ class Rounds:
         self.refresh()
 
     def _run(self, one: _Round) -> None:
-        due_ns, period_ns = self._clock.now_ns(), self._period_ns
+        # Whole multiples of the period, so that the phase does not depend on when this process came up.
+        period_ns = self._period_ns
+        due_ns = self._clock.now_ns() // period_ns * period_ns
         while not self._stopped and one.members:
             one.read()
             self._done()

@@ -24,31 +24,34 @@ from powerd.sim.workload import Context
 from powerd.sweep import verdict_of
 
 SETTLE_NS = 300_000_000  # of the node's time: the driver takes milliseconds
-#: Ranks begin apart from each other and off the daemon's sampling period, so that no two requests share an instant.
-OFFSET_NS = 3_000_017
+#: A window ends with the daemon's next sample, for several ranks at once. They go on apart from each other, so that no two
+#: requests share an instant and the daemon's order of serving them, which is chance, is none of the result's.
+APART_NS, PERIOD_NS = 3_000_017, 100_000_000
 
 
 class Rank:
     """One GPU of the job."""
 
     def __init__(self, client: Client, clock: Clock, node: SimNode, gpu: Gpu) -> None:
-        self._client, self._clock, self._gpu = client, clock, gpu
-        self._context = Context(gpu.index, node=node, name="gpt3-stage")
+        self._client, self._clock, self._node, self._gpu = client, clock, node, gpu
 
     def sweep(self, waiter: Waiter, begin_ns: int, clocks: list[int], seconds: float) -> None:
         """At every clock: settle, one microbatch to warm up, then a window around whole ones of at least ``seconds``."""
-        waiter.wait_until(begin_ns + (self._gpu.index + 1) * OFFSET_NS)
+        waiter.wait_until(begin_ns + (self._gpu.index + 1) * APART_NS)
+        context = Context(self._gpu.index, node=self._node, name="gpt3-stage")  # not before: a context takes power
         which = [self._gpu.uuid]
         with self._client.lease(
             which, sm_clock_mhz=clocks[0], reason="energy-time sweep", job="demo", min_dwell_s=0.0, wait_s=1.0
         ) as lease:
             for clock in clocks:
+                now_ns = self._clock.now_ns()
+                waiter.wait_until(now_ns - now_ns % PERIOD_NS + PERIOD_NS + (self._gpu.index + 1) * APART_NS)
                 lease.change(sm_clock_mhz=clock, wait_s=1.0)
                 waiter.wait_until(self._clock.now_ns() + SETTLE_NS)
-                one_s = self._context.run(microbatches(self._gpu.index, 1)).seconds
+                one_s = context.run(microbatches(self._gpu.index, 1)).seconds
                 count = math.ceil(seconds / one_s)
                 window = self._client.energy(f"{clock} MHz", which, job="demo").begin()
-                done = self._context.run(microbatches(self._gpu.index, count))
+                done = context.run(microbatches(self._gpu.index, count))
                 verdict = verdict_of(self._client.lease_view(lease.id).outcomes)
                 figure = window.end().figures[0]
                 say(gpu=self._gpu.index, clock_mhz=clock, microbatches=count, seconds=done.seconds,

@@ -15,7 +15,7 @@ import traceback
 from dataclasses import asdict
 
 from powerd.client import Client
-from powerd.clock import Clock, Waiter, from_environment
+from powerd.clock import NS, Clock, Waiter, from_environment
 from powerd.demo.children import say
 from powerd.demo.job import microbatches
 from powerd.model import Gpu
@@ -23,10 +23,10 @@ from powerd.sim.node import SimNode, attach
 from powerd.sim.workload import Context
 from powerd.sweep import verdict_of
 
-SETTLE_NS = 300_000_000  # of the node's time: the driver takes milliseconds
-#: A window ends with the daemon's next sample, for several ranks at once. They go on apart from each other, so that no two
-#: requests share an instant and the daemon's order of serving them, which is chance, is none of the result's.
-APART_NS, PERIOD_NS = 3_000_017, 100_000_000
+SETTLE_NS = 700_000_000  # of the node's time, from the request for a clock: the driver takes milliseconds
+#: Every clock begins on a whole second, whatever the daemon's last answer waited for, and the ranks apart from each other: no two
+#: requests share an instant, so that the order in which the daemon serves them, which is chance, is none of the result's.
+APART_NS = 3_000_017
 
 
 class Rank:
@@ -41,13 +41,12 @@ class Rank:
         context = Context(self._gpu.index, node=self._node, name="gpt3-stage")  # not before: a context takes power
         which = [self._gpu.uuid]
         with self._client.lease(
-            which, sm_clock_mhz=clocks[0], reason="energy-time sweep", job="demo", min_dwell_s=0.0, wait_s=1.0
+            which, sm_clock_mhz=clocks[0], reason="energy-time sweep", job="demo", min_dwell_s=0.0, wait_s=0.5
         ) as lease:
             for clock in clocks:
-                now_ns = self._clock.now_ns()
-                waiter.wait_until(now_ns - now_ns % PERIOD_NS + PERIOD_NS + (self._gpu.index + 1) * APART_NS)
-                lease.change(sm_clock_mhz=clock, wait_s=1.0)
-                waiter.wait_until(self._clock.now_ns() + SETTLE_NS)
+                asked_ns = waiter.wait_until((self._clock.now_ns() // NS + 1) * NS + (self._gpu.index + 1) * APART_NS)
+                lease.change(sm_clock_mhz=clock, wait_s=0.5)
+                waiter.wait_until(asked_ns + SETTLE_NS)
                 one_s = context.run(microbatches(self._gpu.index, 1)).seconds
                 count = math.ceil(seconds / one_s)
                 window = self._client.energy(f"{clock} MHz", which, job="demo").begin()

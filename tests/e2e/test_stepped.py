@@ -77,9 +77,5 @@ def test_a_thousand_windows_through_the_api_cover_the_truth(tmp_path: Path) -> N
 def test_one_seed_gives_one_answer(tmp_path: Path) -> None:
     first, again = (campaign(100, 7, tmp_path / name) for name in ("first.log", "again.log"))
     other = campaign(100, 9, tmp_path / "other.log")
-    # Times are equal to the nanosecond. Energies to a few parts in a million: the simulator's steps end where it is looked at.
-    assert [(s.gpu, s.seconds) for s in again] == [(s.gpu, s.seconds) for s in first]
-    for one, two in zip(first, again, strict=True):
-        assert one.true_j == pytest.approx(two.true_j, rel=1e-5)
-        assert one.energy_j == pytest.approx(two.energy_j, rel=1e-5)
+    assert again == first
     assert [s.seconds for s in other] != [s.seconds for s in first]

@@ -10,8 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from powerd.demo.stage import stage
 
 BEGIN_NS = 60_000_000_000

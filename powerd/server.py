@@ -116,11 +116,14 @@ class Server:
 
     def _guard(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
-            counted = FLIGHT_HEADER in request.headers
-            if counted:
-                self._clock.flight(-1)
+            counted = FLIGHT_HEADER in request.headers and self._clock.scale == 0.0
             headers = {API_HEADER: _VERSION}
             try:
+                if counted:
+                    try:
+                        await request.read()  # the body comes after the headers, as a message of its own: it is still under way
+                    finally:
+                        self._clock.flight(-1)
                 return await handler(self._call(request, headers))
             except PowerdError as error:
                 return self._refuse(error, headers)

@@ -294,8 +294,9 @@ class Lease:
 
     def _beat(self) -> None:
         """Renew the TTL at a third of it, in the node's own time."""
+        leave = _nothing
         try:
-            wait = _pacer(self)
+            wait, leave = _pacer(self)
             while self._held and not self._stop.is_set():
                 wait(max(0.1, (self._view.ttl_s or 60.0) / 3))
                 if self._stop.is_set() or not self._held:
@@ -314,6 +315,8 @@ class Lease:
                     continue  # the attach socket decides whether the daemon is gone for good
         except Exception as error:
             self._client.warn("heartbeat", error)
+        finally:
+            leave()  # a thread that has ended must not hold a stepped node's time
 
     def _hang_up(self) -> None:
         if self._socket is not None:
@@ -339,26 +342,29 @@ def _start(action: Callable[[], None], name: str) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _pacer(lease: Lease) -> Callable[[float], None]:
-    """How this process waits in the node's time: by the simulated clock when it has one, else scaled by what the node says."""
+def _nothing() -> None:
+    return None
+
+
+def _pacer(lease: Lease) -> tuple[Callable[[float], None], Callable[[], None]]:
+    """How this process waits in the node's time, by its clock or scaled by what the node says, and how it stops waiting."""
     if os.environ.get("POWERD_SIM_STATE"):
         from powerd.clock import from_environment
 
         clock = from_environment()
         waiter = clock.waiter("lease heartbeat")
 
-        def leave() -> None:
+        def wake() -> None:
             lease._stop.set()
             waiter.wake()
 
-        lease._wake_heart = leave
+        lease._wake_heart = wake
 
         def wait_simulated(seconds: float) -> None:
-            waiter.wait_until(clock.now_ns() + round(seconds * _NS))
-            if lease._stop.is_set():
-                waiter.close()
+            if not lease._stop.is_set():
+                waiter.wait_until(clock.now_ns() + round(seconds * _NS))
 
-        return wait_simulated
+        return wait_simulated, waiter.close
 
     def wait(seconds: float) -> None:
         try:
@@ -367,7 +373,7 @@ def _pacer(lease: Lease) -> Callable[[float], None]:
             seconds = 0.5  # the daemon is away just now: ask it soon
         lease._stop.wait(seconds)
 
-    return wait
+    return wait, _nothing
 
 
 _attached: weakref.WeakSet[Lease] = weakref.WeakSet()

@@ -1,7 +1,7 @@
 """What the demonstration measured, against what was measured on real hardware.
 
-House rules: time is the job's own, energy the daemon's: the mean power of a window in which the GPU was at work all the time,
-times that time; the reference rows are the published profile, durations and energies times ten.
+House rules: time is the job's own, energy the daemon's, of a window around whole microbatches; the reference rows are the
+published profile, durations and energies times ten.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from powerd.demo.children import DemoError
 from powerd.demo.job import stage_of
 from powerd.resources import folder
 from powerd.sweep import Row
 
 PROFILE_FILE = "stage_profile_gpt3-175b_a100_sxm.csv"
-WIDEST = 0.06  # of the 95 % interval, against the energy
 TRUE_SCALE = 10.0  # the published rows are tenths of a microbatch
 
 
@@ -55,23 +55,13 @@ def measured(path: Path | None = None) -> dict[tuple[int, int], tuple[float, flo
     return rows
 
 
-def cells(clock_mhz: int, window: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> list[Cell]:
-    """What one window says of each GPU; empty unless every GPU was at work during all of it and its energy is known."""
-    begin_ns, end_ns = int(window["begin_ns"]), int(window["end_ns"])
-    energies = {index[figure["uuid"]]: figure for figure in window["figures"] if figure["energy_j"] is not None}
-    found = []
-    for run in runs:
-        began_ns = run["end_ns"] - run["seconds"] * 1e9
-        if run["gpu"] not in energies or not began_ns <= begin_ns < end_ns <= run["end_ns"]:
-            return []
-        figure = energies[run["gpu"]]
-        if figure["high_j"] - figure["low_j"] > WIDEST * figure["energy_j"]:
-            return []  # the daemon says itself that it does not know well enough: samples came late
-        time_s = run["seconds"] / run["microbatches"]
-        share = time_s / ((end_ns - begin_ns) / 1e9)
-        energy, low, high = (energies[run["gpu"]][name] * share for name in ("energy_j", "low_j", "high_j"))
-        found.append(Cell(run["gpu"], clock_mhz, time_s, energy, low, high))
-    return found
+def cell(message: Mapping[str, Any]) -> Cell:
+    """What one window says, per microbatch; DemoError when the daemon does not know its energy."""
+    figure, count = message["figure"], message["microbatches"]
+    if figure["energy_j"] is None:
+        raise DemoError(f"GPU {message['gpu']} at {message['clock_mhz']} MHz: no energy was measured")
+    energies = [figure[name] / count for name in ("energy_j", "low_j", "high_j")]
+    return Cell(message["gpu"], message["clock_mhz"], message["seconds"] / count, *energies)
 
 
 def rows(found: Sequence[Cell], verdicts: Mapping[int, str]) -> list[Row]:

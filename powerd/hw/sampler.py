@@ -198,7 +198,8 @@ class Rounds:
         self.refresh()
 
     def _run(self, one: _Round) -> None:
-        due_ns = self._clock.now_ns()
+        # Whole multiples of the period, so that the phase does not depend on when this process came up.
+        due_ns = self._clock.now_ns() // self._period_ns * self._period_ns
         while not self._stopped and one.members:
             one.read()
             self._done()

@@ -1,0 +1,79 @@
+"""The whole daemon in stepped time: powerd and powerd-hw as processes of their own, a client's and a job's threads, one clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from powerd.demo.stage import stage
+
+BEGIN_NS = 60_000_000_000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One window's answer beside the truth."""
+
+    gpu: int
+    seconds: float
+    true_j: float
+    energy_j: float
+    low_j: float
+    high_j: float
+
+    @property
+    def error(self) -> float:
+        return self.energy_j / self.true_j - 1
+
+
+def campaign(windows: int, seed: int, log: Path) -> list[Scored]:
+    """Every window scored."""
+    with stage(8, "stepped") as here, log.open("w") as errors:
+        command = [sys.executable, "-m", "tests.e2e.stepped_windows", str(windows), str(seed), str(here.made_ns + BEGIN_NS)]
+        root = Path(__file__).parents[2]
+        env = {**here.env, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+        child = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n", log.read_text()
+            here.go()
+            answer = child.stdout.readline()
+            assert answer, log.read_text()
+            assert child.wait(60) == 0, log.read_text()
+        finally:
+            child.kill()
+            child.wait()
+    return [Scored(*row) for row in json.loads(answer)]
+
+
+def judge(scored: list[Scored], windows: int) -> None:
+    assert len(scored) == windows
+    assert {s.gpu for s in scored} == set(range(8))
+    assert min(s.seconds for s in scored) < 4
+    assert max(s.seconds for s in scored) > 28
+    powers = [s.true_j / s.seconds for s in scored]
+    assert max(powers) > 2 * min(powers), "the load varies, so that edges matter"
+    covered = sum(s.low_j <= s.true_j <= s.high_j for s in scored) / len(scored)
+    long = [s for s in scored if s.seconds >= 10]
+    mean_error = statistics.fmean(abs(s.error) for s in long)
+    width = statistics.median((s.high_j - s.low_j) / 2 / s.true_j for s in long)
+    print(f"{windows} windows: covered {covered:.2%}, mean |error| from 10 s {mean_error:.3%}, median half width {width:.3%}")
+    assert covered >= 0.95
+    assert mean_error <= 0.01
+    assert width <= 0.015, "an interval that covers everything tells nothing"
+
+
+def test_a_thousand_windows_through_the_api_cover_the_truth(tmp_path: Path) -> None:
+    judge(campaign(1000, 8, tmp_path / "log"), 1000)
+
+
+def test_one_seed_gives_one_answer(tmp_path: Path) -> None:
+    first, again = (campaign(100, 7, tmp_path / name) for name in ("first.log", "again.log"))
+    other = campaign(100, 9, tmp_path / "other.log")
+    assert again == first
+    assert [s.seconds for s in other] != [s.seconds for s in first]

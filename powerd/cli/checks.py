@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -99,12 +99,16 @@ def managers(proc: Path = Path("/proc"), environ: Mapping[str, str] | None = Non
     return findings or [Finding("other managers", Level.OK, "none seen")]
 
 
-def driver(proc: Path = Path("/proc"), dev: Path = Path("/dev")) -> list[Finding]:
-    """Whether an NVIDIA driver, or a simulated one, is there."""
+def _nvml() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
+        return ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        library = None
+        return None
+
+
+def driver(proc: Path = Path("/proc"), dev: Path = Path("/dev"), load: Callable[[], ctypes.CDLL | None] = _nvml) -> list[Finding]:
+    """Whether an NVIDIA driver, or a simulated one, is there."""
+    library = load()
     if library is not None and hasattr(library, "powerd_sim_version"):
         return [Finding("driver", Level.OK, "simulated (libnvidia-ml.so.1 is powerd's simulator)")]
     version = proc / "driver" / "nvidia" / "version"
@@ -141,8 +145,7 @@ def node(view: NodeView) -> list[Finding]:
     elif view.control:
         found.append(Finding("control", Level.OK, "powerd may set clocks and limits"))
     else:
-        why = f"monitor only: {view.control_why.removeprefix('monitor only: ')}"
-        found.append(Finding("control", Level.NOTE, why, "control = true in [daemon] of powerd.toml"))
+        found.append(Finding("control", Level.NOTE, view.control_why, "control = true in [daemon] of powerd.toml"))
     if not view.gpus:
         found.append(Finding("GPUs", Level.PROBLEM, "the daemon sees no GPU", "see the driver above"))
     told: dict[tuple[str, str, str], list[str]] = {}  # (check, text, remedy) -> GPUs: eight equal GPUs are one line

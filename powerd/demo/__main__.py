@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,10 @@ from powerd.sweep import Row
 MODEL = "a100-sxm-500w"
 SLOWDOWNS = (0.0, 0.05, 0.10)
 START_S = 30.0
+SLACK_S = 0.15  # real seconds that the work outlasts its window, for messages on a busy machine
+EDGE_S = 0.05  # real seconds of work before the window, so that no sample at its edge saw an idle GPU
+ATTEMPTS = 6
+BUDGET_S = 55.0  # of the sweep, so that all is done within 90 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the curve (SVG, PNG), CSV and JSON")
     parser.add_argument("--gpus", type=int, default=8, choices=range(1, 9), metavar="1..8")
     parser.add_argument("--scale", type=float, default=20.0, help="simulated seconds per real second")
-    parser.add_argument("--seconds", type=float, default=12.0, help="simulated seconds of each energy window")
+    parser.add_argument("--seconds", type=float, default=10.0, help="simulated seconds of each energy window")
     parser.add_argument("--step", type=int, default=1, help="only every N-th measured clock")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -108,23 +113,14 @@ def _show(stage: Stage, seconds: float, step: int) -> int:
     index = {c.gpu.uuid: c.gpu.index for c in client.node().gpus}
     job = stage.start("job", "-m", "powerd.demo.job", str(stage.gpus))
     reader = stage.start("reader", "-m", "powerd.demo.reader", str(stage.gpus))
+    sweeper = stage.start("client", "-m", "powerd.demo.client")
     job.next(START_S)
-    unlocked = _clocks(reader, START_S)
-
     truth = result.measured()
     measured_clocks = sorted({clock for _, clock in truth}, reverse=True)
-    clocks = measured_clocks[::step]
-    sweeper = stage.start("client", "-m", "powerd.demo.client", str(seconds), *map(str, clocks))
-    windows = _sweep(sweeper, clocks)
-    runs = list(job.waiting())
-    cells = [cell for window in windows for cell in result.cells(window, runs, index)]
-    rows = result.rows(cells, stage.gpus, {w["clock_mhz"]: w["verdict"] for w in windows})
-    if len(rows) < len(clocks):
-        print(f"note: {len(clocks) - len(rows)} clock(s) gave no whole microbatch on every GPU and are left out (simulated)")
-    if not rows:
-        raise DemoError("no clock could be measured: give it more --seconds")
+    cells, verdicts = _sweep(stage, sweeper, job, measured_clocks[::step], seconds, index)
+    rows = result.rows(cells, verdicts)
     summary = _tell(stage, rows, cells, truth, set(result.left_out(measured_clocks)))
-    restored = _kill(stage, sweeper, reader, unlocked, summary["hold_mhz"])
+    restored = _kill(stage, sweeper, job, reader, summary["hold_mhz"])
     (stage.out / "result.json").write_text(json.dumps({**summary, **restored}, indent=1) + "\n", encoding="utf-8")
     return 0 if restored["restored"] else 1
 
@@ -157,29 +153,42 @@ def _daemon(stage: Stage) -> Client:
         time.sleep(0.1)
 
 
-def _clocks(reader: Child, timeout_s: float) -> list[int]:
-    """The clocks under load before anybody set anything: what "restored" means for them."""
-    clocks: list[int] = reader.next(timeout_s)["clocks_mhz"]
-    quiet_s = time.monotonic() + 0.5
-    while time.monotonic() < quiet_s:
-        for message in reader.waiting():
-            clocks = message["clocks_mhz"]
-        time.sleep(0.02)
-    return clocks
-
-
-def _sweep(sweeper: Child, clocks: list[int]) -> list[dict[str, Any]]:
+def _sweep(
+    stage: Stage, sweeper: Child, job: Child, clocks: list[int], seconds: float, index: dict[str, int]
+) -> tuple[list[result.Cell], dict[int, str]]:
+    """At every clock: the job works on all GPUs, and a window of the daemon lies wholly inside that work; else once more."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    windows = []
+    shortest_s = min(time_s for time_s, _ in result.measured().values())  # of a microbatch, at the highest clock
+    cells: list[result.Cell] = []
+    verdicts: dict[int, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("sweeping SM clocks through one lease (simulated)", total=len(clocks))
-        for _ in clocks:
-            window = sweeper.next(60)
-            windows.append(window)
-            bar.update(task, advance=1, description=f"{window['clock_mhz']} MHz, all GPUs at once (simulated)")
-    return windows
+        # Every second clock first: whatever the time allows, the whole range is covered.
+        began_s = time.monotonic()
+        for n, clock in enumerate([*clocks[::2], *clocks[1::2]]):
+            if n >= len(clocks[::2]) and time.monotonic() - began_s > BUDGET_S:
+                print(f"note: this machine is busy; {len(clocks) - n} of {len(clocks)} clocks are left out (simulated)")
+                break
+            slack_s = SLACK_S * stage.scale
+            for _ in range(ATTEMPTS):
+                sweeper.tell(f"clock {clock}")
+                sweeper.next(START_S)
+                job.tell(f"run {math.ceil((seconds + EDGE_S * stage.scale + slack_s) / shortest_s)}")
+                job.next(START_S)
+                time.sleep(EDGE_S)
+                sweeper.tell(f"measure {seconds}")
+                window, runs = sweeper.next(60), job.next(120)["runs"]
+                if here := result.cells(clock, window, runs, index):
+                    break
+                slack_s *= 2  # this machine is busy: the window outlasted the work
+            else:
+                raise DemoError(f"{clock} MHz could not be measured: this machine is too busy; try a smaller --scale")
+            cells += here
+            verdicts[clock] = window["verdict"]
+            bar.update(task, advance=1, description=f"{clock} MHz, all GPUs at once (simulated)")
+    return cells, verdicts
 
 
 def _tell(
@@ -221,23 +230,26 @@ def _tell(
     }  # fmt: skip
 
 
-def _kill(stage: Stage, sweeper: Child, reader: Child, unlocked: list[int], hold_mhz: int) -> dict[str, Any]:
+def _kill(stage: Stage, sweeper: Child, job: Child, reader: Child, hold_mhz: int) -> dict[str, Any]:
     """SIGKILL the client that holds the lease and let the independent reader say when the GPUs are back."""
+    unlocked = max(clock for _, clock in result.measured())
     print(f"\nThe client now holds {hold_mhz} MHz on all GPUs under load and is about to be killed with SIGKILL (simulated).")
-    sweeper.tell(str(hold_mhz))
+    began_ns = time.monotonic_ns()
+    job.tell("loop")
+    sweeper.tell(f"clock {hold_mhz}")
     sweeper.next(60)
-    _until(reader, lambda clocks: all(c == hold_mhz for c in clocks), f"all GPUs at {hold_mhz} MHz")
+    _until(reader, began_ns, lambda clocks: all(c == hold_mhz for c in clocks), f"all GPUs at {hold_mhz} MHz")
     print(f"  NVML reader: SM clocks {hold_mhz} MHz on all {stage.gpus} GPUs, before")
     killed_ns = time.monotonic_ns()
     sweeper.kill()
     try:
-        message = _until(reader, lambda clocks: clocks == unlocked, "the clocks from before the lease")
+        message = _until(reader, killed_ns, lambda clocks: all(c == unlocked for c in clocks), f"all GPUs back at {unlocked} MHz")
     except DemoError as error:
         print(f"  NOT RESTORED: {error} (simulated)")
         return {"restored": False}
     took_s = (message["monotonic_ns"] - killed_ns) / 1e9
     now = message["clocks_mhz"]
-    print(f"  NVML reader: SM clocks {min(now)}-{max(now)} MHz on all {stage.gpus} GPUs, {took_s * 1000:.0f} ms after SIGKILL")
+    print(f"  NVML reader: SM clocks {max(now)} MHz on all {stage.gpus} GPUs, {took_s * 1000:.0f} ms after SIGKILL")
     print(f"  (real milliseconds; {took_s * stage.scale:.1f} simulated seconds at x{stage.scale:g})")
     print(f"  power limits: {', '.join(sorted({f'{mw / 1000:g} W' for mw in message['limits_mw']}))}\n")
     sys.stdout.flush()
@@ -246,7 +258,7 @@ def _kill(stage: Stage, sweeper: Child, reader: Child, unlocked: list[int], hold
     return {"restored": True, "restore_real_s": took_s, "restore_simulated_s": took_s * stage.scale}
 
 
-def _until(reader: Child, condition: Any, what: str, timeout_s: float = 20.0) -> dict[str, Any]:
+def _until(reader: Child, after_ns: int, condition: Any, what: str, timeout_s: float = 20.0) -> dict[str, Any]:
     deadline_s = time.monotonic() + timeout_s
     last: dict[str, Any] = {}
     while (left_s := deadline_s - time.monotonic()) > 0:
@@ -256,7 +268,7 @@ def _until(reader: Child, condition: Any, what: str, timeout_s: float = 20.0) ->
             if reader.process.poll() is not None:
                 raise
             break
-        if condition(last["clocks_mhz"]):
+        if last["monotonic_ns"] > after_ns and condition(last["clocks_mhz"]):
             return last
     raise DemoError(f"the NVML reader did not see {what} within {timeout_s:g} s; last clocks {last.get('clocks_mhz')}")
 

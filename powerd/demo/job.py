@@ -1,4 +1,4 @@
-"""The training job of the demonstration: every GPU runs one pipeline stage of GPT-3 175B, over and over.
+"""The training job of the demonstration: every GPU runs one pipeline stage of GPT-3 175B.
 
 House rules: it knows nothing of powerd, clocks or energy; it reports how long its microbatches took in the node's time.
 """
@@ -6,16 +6,15 @@ House rules: it knows nothing of powerd, clocks or energy; it reports how long i
 from __future__ import annotations
 
 import sys
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from powerd.demo.children import say
-from powerd.sim.node import attach
+from powerd.sim.node import SimNode, attach
 from powerd.sim.workload import Context
 
 PROFILE = "gpt3-175b"
 STAGES = 8
-#: Handed to the GPU at once, so that it does not idle while Python wakes up (scaled time makes that gap longer).
-MICROBATCHES = 2
+STAGE_WORK = ("forward", "backward")
 
 
 def stage_of(gpu: int) -> int:
@@ -23,26 +22,36 @@ def stage_of(gpu: int) -> int:
     return gpu % STAGES
 
 
+class Job:
+    """One context per GPU; microbatches are handed over at once, so that a GPU never idles while Python wakes up."""
+
+    def __init__(self, node: SimNode, gpus: int) -> None:
+        self._contexts = [Context(gpu, node=node, name="gpt3-stage") for gpu in range(gpus)]
+        self._pool = ThreadPoolExecutor(gpus)
+
+    def _one(self, gpu: int, microbatches: int) -> dict[str, float]:
+        kernels = [(f"{PROFILE}/{stage_of(gpu)}/{part}", 1.0) for part in STAGE_WORK] * microbatches
+        done = self._contexts[gpu].run(kernels)
+        return {"gpu": gpu, "end_ns": done.end_ns, "seconds": done.seconds, "microbatches": microbatches}
+
+    def start(self, microbatches: int) -> list[Future[dict[str, float]]]:
+        """All GPUs begin their microbatches."""
+        return [self._pool.submit(self._one, gpu, microbatches) for gpu in range(len(self._contexts))]
+
+
 def main() -> None:
-    """Run until told to end (SIGTERM)."""
-    gpus = int(sys.argv[1])
+    """Commands on stdin: ``run N`` (all GPUs run N microbatches once), ``loop`` (on and on, until ended)."""
     with attach() as node:
-
-        def work(gpu: int) -> None:
-            stage = stage_of(gpu)
-            kernels = [(f"{PROFILE}/{stage}/forward", 1.0), (f"{PROFILE}/{stage}/backward", 1.0)] * MICROBATCHES
-            with Context(gpu, node=node, name="gpt3-stage") as context:
+        job = Job(node, int(sys.argv[1]))
+        say(ready=True)
+        for line in sys.stdin:
+            words = line.split()
+            if words[:1] == ["loop"]:
                 while True:
-                    done = context.run(kernels)
-                    with lock:
-                        say(gpu=gpu, end_ns=done.end_ns, seconds=done.seconds, microbatches=MICROBATCHES)
-
-        lock = threading.Lock()
-        threads = [threading.Thread(target=work, args=(gpu,), daemon=True) for gpu in range(gpus)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+                    wait(job.start(4))
+            running = job.start(int(words[1]))
+            say(started=True)
+            say(runs=[future.result() for future in running])
 
 
 if __name__ == "__main__":

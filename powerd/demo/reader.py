@@ -13,6 +13,7 @@ from powerd.demo.children import say
 
 _SM_CLOCK = 1
 PERIOD_S = 0.005
+REPEAT_S = 0.25
 
 
 class NvmlReader:
@@ -52,14 +53,15 @@ class NvmlReader:
 
 
 def main() -> None:
-    """A line per change until it is ended."""
+    """A line per change, and now and then without one, until it is ended."""
     reader = NvmlReader(int(sys.argv[1]))
     before: object = None
+    said_s = 0.0
     while True:
         now = (reader.clocks_mhz(), reader.limits_mw())
-        if now != before:
+        if now != before or time.monotonic() - said_s > REPEAT_S:
             say(monotonic_ns=time.monotonic_ns(), clocks_mhz=now[0], limits_mw=now[1])
-            before = now
+            before, said_s = now, time.monotonic()
         time.sleep(PERIOD_S)
 
 

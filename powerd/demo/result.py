@@ -1,7 +1,7 @@
 """What the demonstration measured, against what was measured on real hardware.
 
-House rules: time is the job's own (microbatches that ran wholly inside a window), energy the daemon's (mean power of the window
-times that time); the reference rows are the published profile, durations and energies times ten.
+House rules: time is the job's own, energy the daemon's: the mean power of a window in which the GPU was at work all the time,
+times that time; the reference rows are the published profile, durations and energies times ten.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from powerd.resources import folder
 from powerd.sweep import Row
 
 PROFILE_FILE = "stage_profile_gpt3-175b_a100_sxm.csv"
+WIDEST = 0.06  # of the 95 % interval, against the energy
 TRUE_SCALE = 10.0  # the published rows are tenths of a microbatch
 
 
@@ -54,37 +55,32 @@ def measured(path: Path | None = None) -> dict[tuple[int, int], tuple[float, flo
     return rows
 
 
-def cells(window: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> list[Cell]:
-    """What one window says of each GPU; a GPU without a whole run or without energy is left out."""
+def cells(clock_mhz: int, window: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], index: Mapping[str, int]) -> list[Cell]:
+    """What one window says of each GPU; empty unless every GPU was at work during all of it and its energy is known."""
     begin_ns, end_ns = int(window["begin_ns"]), int(window["end_ns"])
-    span_s = (end_ns - begin_ns) / 1e9
+    energies = {index[figure["uuid"]]: figure for figure in window["figures"] if figure["energy_j"] is not None}
     found = []
-    for figure in window["figures"]:
-        gpu = index[figure["uuid"]]
-        inside = [
-            run for run in runs
-            if run["gpu"] == gpu and run["end_ns"] <= end_ns and run["end_ns"] - run["seconds"] * 1e9 >= begin_ns
-        ]  # fmt: skip
-        count = sum(run["microbatches"] for run in inside)
-        if not count or figure["energy_j"] is None:
-            continue
-        time_s = sum(run["seconds"] for run in inside) / count
-        share = time_s / span_s
-        energy, low, high = (figure[name] * share for name in ("energy_j", "low_j", "high_j"))
-        found.append(Cell(gpu, int(window["clock_mhz"]), time_s, energy, low, high))
+    for run in runs:
+        began_ns = run["end_ns"] - run["seconds"] * 1e9
+        if run["gpu"] not in energies or not began_ns <= begin_ns < end_ns <= run["end_ns"]:
+            return []
+        figure = energies[run["gpu"]]
+        if figure["high_j"] - figure["low_j"] > WIDEST * figure["energy_j"]:
+            return []  # the daemon says itself that it does not know well enough: samples came late
+        time_s = run["seconds"] / run["microbatches"]
+        share = time_s / ((end_ns - begin_ns) / 1e9)
+        energy, low, high = (energies[run["gpu"]][name] * share for name in ("energy_j", "low_j", "high_j"))
+        found.append(Cell(run["gpu"], clock_mhz, time_s, energy, low, high))
     return found
 
 
-def rows(found: Sequence[Cell], gpus: int, verdicts: Mapping[int, str]) -> list[Row]:
+def rows(found: Sequence[Cell], verdicts: Mapping[int, str]) -> list[Row]:
     """One row per clock: a microbatch through all stages, seconds and joules added up over the GPUs."""
     made = []
     for clock in sorted({c.clock_mhz for c in found}, reverse=True):
         here = [c for c in found if c.clock_mhz == clock]
-        if len(here) == gpus:
-            made.append(
-                Row(clock, sum(c.time_s for c in here), sum(c.energy_j for c in here), sum(c.low_j for c in here),
-                    sum(c.high_j for c in here), 1, verdicts.get(clock, "pending"))
-            )  # fmt: skip
+        sums = [sum(getattr(c, name) for c in here) for name in ("time_s", "energy_j", "low_j", "high_j")]
+        made.append(Row(clock, sums[0], sums[1], sums[2], sums[3], 1, verdicts[clock]))
     return made
 
 

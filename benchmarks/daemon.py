@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks import load
 from powerd.api import API_HEADER, API_VERSION, LEASE_TOKEN_HEADER
-from powerd.sim.layout import Item
 from powerd.sim.node import SimNode, create
 from powerd.sim.workload import LOAD, Context
 
@@ -125,12 +125,7 @@ def running(model: str = "h100-sxm", gpus: int = 8, hz: float = 10.0, *, busy: b
 def _busy(node: SimNode, stack: contextlib.ExitStack) -> None:
     for gpu in range(node.gpus):
         context = stack.enter_context(Context(gpu, node=node))
-        kernel = context.kernel("mixed")
-        code = node.library.powerd_sim_work_submit(
-            node.pointer, gpu, context._row, LOAD, (Item * 1)(), 0, 0.9, kernel, 3600 * 10**9
-        )
-        if code:
-            raise RuntimeError(f"the simulated GPU {gpu} refused the load (code {code})")
+        load.begin(context, LOAD, "mixed", 0.9, 3600 * 10**9)
 
 
 def _wait(process: subprocess.Popen[bytes], path: Path, gpus: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from benchmarks import load
 from powerd.api import EnergyFigure
 from powerd.clock import NS, RealClock, Waiter
 from powerd.config import HwConfig
@@ -21,7 +22,6 @@ from powerd.hw.energy import EnergyTracker
 from powerd.hw.nvml import NvmlDevice, NvmlNode, open_node
 from powerd.hw.sampler import Sampler
 from powerd.model import Snapshot
-from powerd.sim.layout import Item
 from powerd.sim.node import SimNode, create
 from powerd.sim.workload import BLOCKED, LOAD, Context
 from powerd.windows import EnergyWindows
@@ -89,7 +89,7 @@ class Poller:
         now = self._clock.now_ns()
         self._seq += 1
         for sampler in self._samplers:
-            sampler.sample(now)
+            sampler.sample()
         return Snapshot(self._seq, now, now, tuple(sampler.reading for sampler in self._samplers))
 
 
@@ -124,13 +124,7 @@ class Load:
             end = min(end, now + round(rng.uniform(0.3, 3.0) * NS))
         if self._phase != "idle":
             state = BLOCKED if self._phase == "switching" and rng.random() < 0.25 else LOAD
-            kernel, activity = self._context.kernel(rng.choice(KERNELS)), rng.uniform(0.3, 1.0)
-            library, row = self._node.library, self._context._row
-            code = library.powerd_sim_work_submit(
-                self._node.pointer, self._gpu, row, state, (Item * 1)(), 0, activity, kernel, end - now
-            )
-            if code:
-                raise RuntimeError(f"the simulated GPU refused the load (code {code})")
+            load.begin(self._context, state, rng.choice(KERNELS), rng.uniform(0.3, 1.0), end - now)
         return max(end, now + 1)
 
 
@@ -199,8 +193,8 @@ class _Campaign:
         self._first_tick_ns = begin + round(rng.uniform(0, self._period_ns))
         self._tick = 0
         self._at(self._first_tick_ns, self._observe)
-        for gpu, load in enumerate(self._loads):
-            self._at(begin + gpu + 1, lambda load=load: self._step(load))  # type: ignore[misc]
+        for gpu, driven in enumerate(self._loads):
+            self._at(begin + gpu + 1, lambda driven=driven: self._step(driven))  # type: ignore[misc]
         span_ns = windows // node.gpus * 4 * NS  # about four windows of a GPU overlap
         for number in range(windows):
             at = begin + _WARM_UP_NS + round(rng.uniform(0, span_ns))
@@ -217,8 +211,8 @@ class _Campaign:
         late_ns = round(self._rng.uniform(0, self._setup.jitter_s) * NS)
         self._at(self._first_tick_ns + self._tick * self._period_ns + late_ns, self._observe)
 
-    def _step(self, load: Load) -> None:
-        self._at(load.step(), lambda: self._step(load))
+    def _step(self, driven: Load) -> None:
+        self._at(driven.step(), lambda: self._step(driven))
 
     def _begin(self, gpu: int) -> None:
         view = self._windows.begin([self._poller.uuids[gpu]])

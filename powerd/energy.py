@@ -79,8 +79,10 @@ def _between(before: _Point, after: _Point, at_ns: int, share: float) -> _Point:
 class Track:
     """One GPU's ledger; feed it every reading, ask it for edges."""
 
-    def __init__(self, errors: SensorErrors | None = None) -> None:
+    def __init__(self, errors: SensorErrors | None = None, period_ns: int | None = None) -> None:
         self.errors = errors or SensorErrors()
+        self._period_ns = period_ns
+        self._late_ns = 0  # by how much samples have lately come off their period
         self.breaks = 0  # times after which nothing is known of what came before
         self.lost = False
         self.has_counter = False
@@ -110,6 +112,10 @@ class Track:
             return
         self.lost = False
         previous_ns, self._time_ns = self._time_ns, reading.time_ns
+        if self._period_ns and previous_ns:
+            # A machine too busy to sample on time may also have been late between the time stamp and the driver's answer.
+            off_ns = min(abs(reading.time_ns - previous_ns - self._period_ns), 2 * self.errors.refresh_ns)
+            self._late_ns = max(off_ns, self._late_ns * 7 // 8)
         power_mw = reading.power_mw if reading.power_mw is not None else reading.power_average_mw
         if power_mw is not None:
             self._powers.append((reading.time_ns, power_mw))
@@ -144,8 +150,8 @@ class Track:
                 self._frozen = True
                 self._bridge(last, reading.time_ns, 1, reading.epoch, believed=True)
             return
-        age_ns = self._age(seen_ns, previous_ns)
-        at_ns = seen_ns - age_ns // 2
+        age_ns = self._age(seen_ns, previous_ns) + self._late_ns
+        at_ns = seen_ns + self._late_ns - age_ns // 2
         if last is None:
             self.epochs.append(reading.epoch)
             self._points.append(_Point(at_ns, age_ns, 0.0, 0.0, 0.0, 0.0, 0.0, 0, reading.epoch))
@@ -258,9 +264,12 @@ class Track:
         """Past the newest counter value: by power readings, held from the newest one on."""
         last = self._points[-1]
         newest, lowest, highest = self._recent()
-        inside = [float(p) for t, p in self._powers if last.at_ns < t <= at_ns] or [newest]
-        span_s = (at_ns - last.at_ns) / NS
-        energy_mj = span_s * sum(inside) / len(inside)
+        span_s, energy_mj, done_ns = (at_ns - last.at_ns) / NS, 0.0, last.at_ns
+        for sample_ns, power_mw in self._powers:  # a reading tells of the time before it
+            if last.at_ns < sample_ns <= at_ns:
+                energy_mj += power_mw * (sample_ns - done_ns) / NS
+                done_ns = sample_ns
+        energy_mj += next((p for t, p in self._powers if t > at_ns), newest) * (at_ns - done_ns) / NS
         blind_s = max(0, at_ns - self._time_ns) / NS  # nothing was read in this part: it may be anything seen lately, or a switch
         reach = max(highest, self._limit_mw or 0.0 if blind_s > self.errors.refresh_ns / NS else 0.0)
         shift = highest * last.age_ns / NS

@@ -55,7 +55,7 @@ class EnergyWindows:
         for reading in snapshot.readings:
             track = tracks.get(reading.uuid)
             if track is None:
-                track = tracks[reading.uuid] = Track(self._errors)
+                track = tracks[reading.uuid] = Track(self._errors, self._period_ns)
             track.add(reading)
         if self._unsettled:
             self._unsettled = [w for w in self._unsettled if not self._settle(w, snapshot.time_ns)]

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from benchmarks import load
 from benchmarks.energy import NodeClock, Poller, polled_node
 from powerd.api import EnergyFigure, WindowView
 from powerd.clock import NS
-from powerd.sim.layout import Item
 from powerd.sim.node import SimNode
 from powerd.sim.workload import LOAD, Context
 from powerd.windows import EnergyWindows
@@ -20,9 +20,7 @@ class Rig:
     def __init__(self, node: SimNode, poller: Poller) -> None:
         self.node, self.poller = node, poller
         self.windows = EnergyWindows(NodeClock(node), NS // 10)
-        context = Context(0, node=node)
-        kernel = context.kernel("gemm")
-        node.library.powerd_sim_work_submit(node.pointer, 0, context._row, LOAD, (Item * 1)(), 0, 0.8, kernel, 600 * NS)
+        load.begin(Context(0, node=node), LOAD, "gemm", 0.8, 600 * NS)
         self.run(3)
 
     def run(self, seconds: float) -> None:

@@ -145,7 +145,8 @@ def node(view: NodeView) -> list[Finding]:
     elif view.control:
         found.append(Finding("control", Level.OK, "powerd may set clocks and limits"))
     else:
-        found.append(Finding("control", Level.NOTE, view.control_why, "control = true in [daemon] of powerd.toml"))
+        why = f"monitor only: {view.control_why.removeprefix('monitor only: ')}"
+        found.append(Finding("control", Level.NOTE, why, "control = true in [daemon] of powerd.toml"))
     if not view.gpus:
         found.append(Finding("GPUs", Level.PROBLEM, "the daemon sees no GPU", "see the driver above"))
     told: dict[tuple[str, str, str], list[str]] = {}  # (check, text, remedy) -> GPUs: eight equal GPUs are one line

@@ -6,9 +6,10 @@ import re
 import tomllib
 from importlib.metadata import packages_distributions
 
-import source_tree as tree
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.arch import source_tree as tree
 
 PROJECT = tomllib.loads((tree.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGE = (tree.ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import io
 import re
 import tokenize
 
-import source_tree as tree
+from tests.arch import source_tree as tree
 
 MAX_LINES = 400
 # Path -> why it is longer. An entry that is no longer needed fails as well.

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import source_tree as tree
+
+from tests.arch import source_tree as tree
 
 VOCABULARY = ("powerd.model", "powerd.errors")
 

@@ -6,7 +6,8 @@ import ast
 import re
 
 import pytest
-import source_tree as tree
+
+from tests.arch import source_tree as tree
 
 WRAPPER = "powerd.hw.nvml"
 CALLER = "powerd.hw.actuator"

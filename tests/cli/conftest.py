@@ -13,9 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "client"))
 
-from fake_daemon import FakeDaemon
-
 from powerd.cli.main import _run
+from tests.client.fake_daemon import FakeDaemon
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_daemon import FakeDaemon, capability, node
 
 from powerd.cli import checks
 from powerd.cli.checks import Level
 from powerd.errors import EXIT_UNAVAILABLE
 from powerd.hw.journal import Journal
 from powerd.model import Control, Interval, Support
+from tests.client.fake_daemon import FakeDaemon, capability, node
 
 
 def process(proc: Path, pid: int, name: str, *arguments: str) -> None:

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_daemon import UUIDS, FakeDaemon, node
 
 from powerd import api
 from powerd.client.codec import decode
@@ -24,6 +23,7 @@ from powerd.errors import (
     EXIT_USAGE,
 )
 from powerd.model import Event, Verdict
+from tests.client.fake_daemon import UUIDS, FakeDaemon, node
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 READS = {

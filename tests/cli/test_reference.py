@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fake_daemon import FakeDaemon
+from tests.client.fake_daemon import FakeDaemon
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

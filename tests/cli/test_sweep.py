@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_daemon import UUIDS, FakeDaemon
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from powerd.errors import EXIT_CONFLICT, EXIT_OVERRIDDEN, EXIT_USAGE, RequestErr
 from powerd.model import Verdict
 from powerd.sweep import Row, Sweep, load, parse_clocks, save
 from powerd_policies.energy_optimal import Point, choose, pareto, reference
+from tests.client.fake_daemon import UUIDS, FakeDaemon
 
 A100 = tuple(range(210, 1411, 15))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from fake_daemon import UUIDS, FakeDaemon, node, snapshot
 
 from powerd.api import API_HEADER
 from powerd.client import Client, default_socket
 from powerd.errors import DeniedError, LeaseLostError, RequestError, UnavailableError
 from powerd.model import Event, LeaseState, Verdict
+from tests.client.fake_daemon import UUIDS, FakeDaemon, node, snapshot
 
 
 def test_reads_come_back_as_the_objects_that_were_served(daemon: FakeDaemon) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from fake_daemon import UUIDS, FakeDaemon
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from powerd.api import LeaseRequest
 from powerd.client import Client
+from tests.client.fake_daemon import UUIDS, FakeDaemon
 
 
 def use_lease(client: Client) -> Any:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import Rig
+
+from tests.hw.rig import Rig
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from rig import PATIENCE_S, Rig
 
 from powerd.hw import fence
 from powerd.hw.frames import Command, Table
 from powerd.killpoint import KILL_POINTS
 from powerd.model import Control, Interval, Verdict
+from tests.hw.rig import PATIENCE_S, Rig
 
 _SET_POINTS = [
     p for p in KILL_POINTS if p.startswith("hw.") and p.split(".")[1] in ("intent", "call", "readback", "verified", "done")

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from rig import PATIENCE_S, Powerd, Rig
 
 from powerd.hw import frames
 from powerd.hw.frames import Command, Table
 from powerd.hw.tables import capabilities_of, processes_of
 from powerd.model import Control, Health, Interval, Verdict
+from tests.hw.rig import PATIENCE_S, Powerd, Rig
 
 LIMIT, LOCK = Interval(400_000, 400_000), Interval(1200, 1200)
 MakeRig = Callable[..., Rig]

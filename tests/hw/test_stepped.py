@@ -6,10 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from rig import Rig
 
 from powerd.clock import NS
 from powerd.model import Control, Health, Interval, Verdict
+from tests.hw.rig import Rig
 
 LIMIT = Interval(400_000, 400_000)
 

@@ -6,7 +6,6 @@ from contextlib import suppress
 from itertools import pairwise
 
 import pytest
-from hw_memory import CLOCKS, HandClock, Hands, MemoryGpu, config, place, reading
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from powerd.hw.frames import Desired, FrameError
 from powerd.hw.port import Fast
 from powerd.hw.worker import CAUSES
 from powerd.model import Control, EnergyMethod, Health, Interval, Outcome, Reading, Restart, Verdict
+from tests.property.hw_memory import CLOCKS, HandClock, Hands, MemoryGpu, config, place, reading
 
 UUID = MemoryGpu(0).gpu.uuid
 u32, u64, u16 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**16 - 1)

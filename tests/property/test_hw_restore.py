@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hw_memory import BOOT, DEFAULT_MW, LOAD, Died, HandClock, Hands, MemoryGpu, config, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from powerd.hw import journal as journals
 from powerd.hw.fence import StaleGenerationError
 from powerd.hw.journal import CAPACITY_BYTES, FILE_NAME, RECORD_BYTES, Journal
 from powerd.model import Control, Interval
+from tests.property.hw_memory import BOOT, DEFAULT_MW, LOAD, Died, HandClock, Hands, MemoryGpu, config, place
 
 FOUND_MW = 550_000  # what the admin had set before powerd came
 values = {

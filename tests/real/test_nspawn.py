@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import nspawn
 import pytest
+
+from tests.real import nspawn
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("systemd")]
 
@@ -48,7 +49,7 @@ def test_a_service_starts_is_killed_and_comes_back(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-import nspawn
+from tests.real import nspawn
 with nspawn.booted(Path(sys.argv[1])) as container:
     print(container.leader, flush=True)
     time.sleep(600)

@@ -149,5 +149,7 @@ def test_zeus_measures_the_same_energy(live: LiveNode, peers: Path) -> None:
     assert figure.low_j - slack_j <= theirs["joules"] <= figure.high_j + slack_j
     # And `powerctl energy`, for a part of that time, finds the same power.
     (inner,) = energy.json()["figures"]
-    spread_w = (inner["high_j"] - inner["low_j"]) / 2 / energy.json()["duration_s"] + watts * REFRESH_S / energy.json()["duration_s"]
+    spread_w = (inner["high_j"] - inner["low_j"]) / 2 / energy.json()["duration_s"] + watts * REFRESH_S / energy.json()[
+        "duration_s"
+    ]
     assert inner["average_power_w"] == pytest.approx(watts, abs=spread_w + POWER_NOISE_W / 2)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import nspawn
 import pytest
-from nspawn import PREFIX, SHARED, Container
+
+from tests.real import nspawn
+from tests.real.nspawn import PREFIX, SHARED, Container
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("systemd"), pytest.mark.timeout(600)]
 

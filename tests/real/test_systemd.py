@@ -123,7 +123,9 @@ def baseline(node: Container) -> Truth:
 @pytest.fixture
 def leased(node: Container, baseline: Truth) -> Truth:
     """A job that holds a lease on every GPU; what they are set to on its behalf."""
-    node.run(f"systemd-run --quiet --collect --unit=job {POWERCTL} run {SETTINGS} --gpus all -- sleep infinity")
+    node.run(
+        f"systemd-run --quiet --collect --unit=job --property=TimeoutStopSec=3 {POWERCTL} run {SETTINGS} --gpus all -- sleep infinity"
+    )
     wanted: Truth = [(LIMIT_W * 1000, [CLOCK_MHZ, CLOCK_MHZ])] * GPUS
     wait_for(node, wanted)
     return wanted

@@ -32,7 +32,7 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or 140)
+    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or 240)
     # What is shown comes from users too: no text is markup.
     return Console(stderr=stderr, width=width, highlight=False, markup=False, soft_wrap=False)
 

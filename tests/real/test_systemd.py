@@ -123,9 +123,10 @@ def baseline(node: Container) -> Truth:
 @pytest.fixture
 def leased(node: Container, baseline: Truth) -> Truth:
     """A job that holds a lease on every GPU; what they are set to on its behalf."""
-    node.run(
-        f"systemd-run --quiet --collect --unit=job --property=TimeoutStopSec=3 {POWERCTL} run {SETTINGS} --gpus all -- sleep infinity"
-    )
+    start = "systemd-run --quiet --collect --unit=job --property=TimeoutStopSec=3"
+    node.run(f"{start} {POWERCTL} run {SETTINGS} --gpus all -- sleep 86399")
+    # Its command runs: the lease was answered and attached.
+    node.wait("pgrep --full --exact 'sleep 86399'")
     wanted: Truth = [(LIMIT_W * 1000, [CLOCK_MHZ, CLOCK_MHZ])] * GPUS
     wait_for(node, wanted)
     return wanted

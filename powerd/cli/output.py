@@ -5,7 +5,6 @@ House rules: JSON is the API's own types, unchanged; tables are for eyes and kee
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
     from powerd.api import LeaseView, NodeView, SnapshotView, WantSpec
 
 
+#: Room for every column where no terminal bounds it; $COLUMNS describes a terminal, not a pipe.
+PIPE_WIDTH = 240
+
+
 def emit_json(value: Any) -> None:
     """One JSON document, indented, with a newline."""
     import msgspec
@@ -32,7 +35,7 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or 140)
+    width = None if stream.isatty() else PIPE_WIDTH
     # What is shown comes from users too: no text is markup.
     return Console(stderr=stderr, width=width, highlight=False, markup=False, soft_wrap=False)
 

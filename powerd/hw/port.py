@@ -34,7 +34,7 @@ DRIVER_GONE = frozenset({UNINITIALIZED, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, LI
 REASON_IDLE = 0x1
 
 _CODES = {
-    NO_PERMISSION: ("no_permission", "powerd-hw lacks CAP_SYS_ADMIN in the initial user namespace"),
+    NO_PERMISSION: ("no_permission", "powerd-hw lacks CAP_SYS_ADMIN on the host"),
     NOT_SUPPORTED: ("not_supported", ""),
     FUNCTION_NOT_FOUND: ("not_supported", "the driver is too old for this call"),
     GPU_IS_LOST: ("gpu_lost", "it fell off the bus; see the kernel log for XID 79"),

@@ -25,9 +25,7 @@ from powerd.sim.models import MODELS
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `powerd sim`."""
-    parser = Parser(
-        prog="powerd sim", description="A simulated NVIDIA driver for this and every other NVML client."
-    )
+    parser = Parser(prog="powerd sim", description="A simulated NVIDIA driver for this and every other NVML client.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run a command on a simulated node")
     run.add_argument("--gpus", type=int, default=8)

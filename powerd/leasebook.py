@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 from powerd.clock import Clock
 from powerd.errors import LeaseLostError, RequestError
@@ -38,6 +39,10 @@ class LeaseBook:
         now_ns = self._clock.now_ns()
         for lease in saved.leases if adopt else ():
             if lease.due(now_ns) is LeaseEvent.EXPIRE:
+                continue
+            if not lease.detached and lease.pid is not None and not Path(f"/proc/{lease.pid}").exists():
+                # Nobody will come back for it; a number that lives on as somebody else's only waits for the re-attach window.
+                self.end(lease, LeaseEvent.HOLDER_DIED)
                 continue
             back = lease if lease.detached else advance(lease, LeaseEvent.ADOPT, now_ns, attach_by_ns=now_ns + reattach_ns)
             self.live_leases[lease.id] = back

@@ -14,7 +14,7 @@ PEER_TOOLS := nvitop gpustat py3nvml zeus nvidia-ml-py
 
 # The same tests run in the same way everywhere: two workers, tests that must share one worker marked xdist_group.
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
-FAST := not long and not peers and not real
+FAST := not long and not slow and not peers and not real
 
 .PHONY: help demo test check test-long bench constraints preflight clean
 .DELETE_ON_ERROR:

@@ -50,6 +50,7 @@ class LeaseRequest:
     min_dwell_s: float | None = None  # declared by a clock plan or a profiling sweep
     dry_run: bool = False
     wait_s: float = 2.0  # how long the answer may wait for outcomes
+    want_class: WantClass = WantClass.LEASE  # 2 budget, 3 lease, 4 policy, 5 default; safety and site limits are not for clients
 
 
 @dataclass(frozen=True, slots=True)

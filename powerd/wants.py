@@ -109,6 +109,12 @@ def check_request(
         raise RequestError(f"ttl_s {request.ttl_s:g} is outside 0..{max_ttl_s:g}", hint="renew by heartbeat", code="bad_value")
     if request.min_dwell_s is not None and not 0 <= request.min_dwell_s <= 3600:
         raise RequestError(f"min_dwell_s {request.min_dwell_s:g} is outside 0..3600", code="bad_value")
+    if request.want_class < WantClass.BUDGET:
+        raise RequestError(
+            f"a lease cannot be of class {request.want_class.name.lower()}",
+            hint="budget, lease, policy or default",
+            code="bad_value",
+        )
     check_wait(request.wait_s)
     check_specs(request.wants, [capabilities[g] for g in request.gpus], limits)
 
@@ -128,7 +134,7 @@ def lease_of(
     return Lease(
         id=lease_id, token_hash=token_hash, uid=uid, user=user, pid=pid, gpus=request.gpus, wants=request.wants,
         reason=request.reason, ttl_ns=ttl_ns, created_ns=now_ns, expires_ns=now_ns + ttl_ns, job=request.job,
-        detached=request.detached, want_class=WantClass.LEASE,
+        detached=request.detached, want_class=request.want_class,
         min_dwell_ns=None if request.min_dwell_s is None else from_seconds(request.min_dwell_s),
         attach_by_ns=None if request.detached else now_ns + from_seconds(attach_s),
     )  # fmt: skip

@@ -35,7 +35,7 @@ from powerd.client.lease import Bounds, Lease, want_specs
 from powerd.client.transport import Transport, default_socket
 from powerd.client.window import EnergyWindow
 from powerd.errors import PowerdError, RequestError, UnavailableError
-from powerd.model import Event, Gpu
+from powerd.model import Event, Gpu, WantClass
 from powerd.visible import device_minors, pick, visible
 
 T = TypeVar("T")
@@ -248,11 +248,13 @@ class Client:
         min_dwell_s: float | None = None,
         dry_run: bool = False,
         wait_s: float = 2.0,
+        want_class: WantClass = WantClass.LEASE,
     ) -> Lease:
         """Acquire a lease and keep it alive until released, or until this process ends.
 
         Clocks in MHz: one number pins, ``(low, high)`` bounds (``None``: open). ``power_limit_w`` in watts is a ceiling.
-        A detached lease outlives this process and ends by its TTL alone unless it is renewed.
+        A detached lease outlives this process and ends by its TTL alone unless it is renewed. Of two wants that cannot both be
+        served the one of the stronger ``want_class`` is (docs/decisions/0003-reconcile-rule.md).
         """
 
         def acquire() -> Lease:
@@ -260,6 +262,7 @@ class Client:
             request = LeaseRequest(
                 gpus=self.resolve(gpus), wants=wants, reason=reason or "not stated", ttl_s=ttl_s, job=job,
                 detached=detached or self.transport.socket_path is None, min_dwell_s=min_dwell_s, dry_run=dry_run, wait_s=wait_s,
+                want_class=want_class,
             )  # fmt: skip
             return Lease.acquire(self, request, keep_alive=not detached)
 

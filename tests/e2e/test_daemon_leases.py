@@ -123,6 +123,16 @@ def test_the_lower_of_two_leases_wins_and_the_higher_is_told_and_follows(node: R
     assert node.hw.value(gpu, SM) == Interval(1500, 1500)
 
 
+def test_a_policy_gives_way_to_a_lease_and_nobody_takes_the_class_of_safety(node: Rig) -> None:
+    gpu = node.hw.uuids[0]
+    policy = node.granted(pin(900), detached=True, want_class=4)
+    lease = node.granted(pin(1500), detached=True)
+    assert (policy["want_class"], lease["want_class"]) == (4, 3)
+    assert node.hw.value(gpu, SM) == Interval(1500, 1500)
+    status, answer = node.acquire(pin(900), detached=True, want_class=0)
+    assert (status, answer["error"]["code"]) == (422, "bad_value")
+
+
 def test_a_lease_that_could_not_be_served_at_all_is_a_conflict_and_changes_nothing(node: Rig) -> None:
     node.granted(pin(900), detached=True)
     before = node.get("/v1/leases")

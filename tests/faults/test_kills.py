@@ -5,6 +5,7 @@ import pytest
 from tests.faults.campaign import campaign
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_hundred_kills_leave_every_setting_where_it_belongs() -> None:
     score = campaign(100, seed=11)

@@ -33,6 +33,7 @@ from powerd.killpoint import killpoint
 from powerd.model import Event, Outcome, Restart, Verdict
 
 _STOP_LIMIT_S = 20.0
+_TELL_S = 5.0  # how long a child that cannot serve waits for its powerd to hear why
 _LONELY_S = 60.0  # a development child that nobody ever talked to
 _MONITOR_ONLY = "daemon.control = false in powerd-hw's own configuration: nothing is set"
 _FIXED = ("run_dir", "journal_dir", "peer_user")  # of [hw]: what a running powerd-hw cannot change
@@ -219,14 +220,22 @@ class Supervisor:
         why = worker.error or f"the worker died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
         if not self._served:
             print(f"powerd-hw: {why}", file=sys.stderr)
-            self._status()  # powerd passes the reason on to whoever asks
-            self._finish(CODES[worker.error_code].exit_code if worker.error_code in CODES else EXIT_TEMPFAIL)
+            code = CODES[worker.error_code].exit_code if worker.error_code in CODES else EXIT_TEMPFAIL
+            self._leave_told(code, self._clock.now_ns() + round(_TELL_S * NS))
             return
         self._tell("worker_died", why)
         if not worker.error and self._table.worker_died(self._clock.now_ns()):
             self._table.drop("safe_mode", Restart.JOURNAL_REPLAY)
             self._tell("safe_mode", "three crashes within a minute: everything at baseline, read-only until powerctl resume")
         asyncio.get_running_loop().call_later(worker.pause_s(), self._restart)
+
+    def _leave_told(self, code: int, limit_ns: int) -> None:
+        """End, but a development child first tells the powerd that started it why: it passes that on to whoever asks."""
+        if self._exit_with_peer and not self._door.open and self._clock.now_ns() < limit_ns:
+            asyncio.get_running_loop().call_later(_TELL_S / 100, self._leave_told, code, limit_ns)
+            return
+        self._status()
+        self._finish(code)
 
     def _restart(self) -> None:
         if self._worker.pid is None and self._table.hold not in ("shutdown", "quiesced"):

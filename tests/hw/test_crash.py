@@ -239,7 +239,7 @@ def test_three_crashes_in_a_minute_are_safe_mode_until_resume(rig: Rig) -> None:
         os.kill(powerd.tables[Table.STATUS]["worker_pid"], 9)
     powerd.event("safe_mode")
     powerd.event("restored", uuid=rig.uuids[0], cause="journal_replay")
-    assert rig.at_baseline()
+    powerd.until(rig.at_baseline)
     powerd.desire((rig.uuids[0], Control.POWER_LIMIT, LIMIT))
     powerd.event("desired_refused")
     powerd.command(Command.RESUME)

@@ -137,7 +137,9 @@ class Config:
 
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:
     """Where something of ours is by default: beside a simulated node, in the system's folder as root, else in the user's."""
-    if simulated := os.environ.get("POWERD_SIM_STATE"):
+    # A systemd unit has its folders from systemd (these variables say so), on a simulated node too.
+    ours = "RUNTIME_DIRECTORY" in os.environ or "STATE_DIRECTORY" in os.environ
+    if (simulated := os.environ.get("POWERD_SIM_STATE")) and not ours:
         # A simulated node is a machine of its own: it never meets the real one's daemon or files, and takes its own along.
         return Path(f"{simulated}.d") / name
     if os.geteuid() == 0:

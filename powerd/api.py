@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 from powerd.model import (
     Capabilities,
+    ClockPlan,
     Control,
     Event,
     Interval,
     LeaseEnd,
     LeaseState,
     Outcome,
+    PlanState,
     Reading,
     Setpoint,
     WantClass,
@@ -194,6 +196,121 @@ class WindowView:
     end_ns: int | None
     duration_s: float | None
     figures: tuple[EnergyFigure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """``POST /v1/leases/{id}/plans``: arm a clock plan on one GPU of a live lease that wants a bound on the SM clock.
+
+    The answer comes when powerd-hw has taken it; the beat socket arrives on the lease's attach connection (fd passing).
+    A plan already armed on that GPU is replaced, at the next beat with index 0.
+    """
+
+    plan: ClockPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PlanView:
+    """A clock plan as it stands; ``ceiling_mhz`` is what its clocks are cut to now, None when nothing cuts them."""
+
+    id: str
+    lease: str
+    uuid: str
+    state: PlanState
+    instructions: int
+    step: int | None  # of the newest beat
+    index: int | None
+    ceiling_mhz: int | None
+    switches: int  # clocks set since it was armed
+    why: str = ""  # it is safe or has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One stretch of time of one GPU with a label; CLOCK_BOOTTIME nanoseconds of the node."""
+
+    label: str
+    begin_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpansRequest:
+    """``POST /v1/energy/spans``: what each kind of work on one GPU used, from samples that are already there.
+
+    Spans do not overlap; what no span covers between the first begin and the last end is answered with label ``""``.
+    """
+
+    uuid: str
+    spans: tuple[Span, ...]
+    wait: bool = True  # for the sample that closes the last span
+
+
+@dataclass(frozen=True, slots=True)
+class LabelEnergy:
+    """All spans of one label together; the true energy lies in ``low_j..high_j`` with 95 % confidence."""
+
+    label: str
+    spans: int
+    time_s: float
+    energy_j: float | None  # None: not known (GPU lost, counter restarted, older than what is kept)
+    low_j: float | None
+    high_j: float | None
+    clock_event_reasons: tuple[str, ...] = ()  # seen while it ran
+    sm_clock_mhz: int | None = None  # median seen while it ran
+
+
+@dataclass(frozen=True, slots=True)
+class SpansView:
+    """The energy of every label, fitted to the counter's course: spans may be shorter than a sampling period."""
+
+    uuid: str
+    labels: tuple[LabelEnergy, ...]
+    samples: int
+    method: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobStep:
+    """One training step as a job reports it; energy is of the reporting ranks' GPUs."""
+
+    step: int
+    begin_ns: int  # CLOCK_BOOTTIME of the node
+    end_ns: int
+    gpus: tuple[str, ...]
+    plan: str | None = None  # id of the clock plan in force
+    energy_j: float | None = None
+    clock_mhz: float | None = None  # time-weighted mean
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """``POST /v1/jobs/{job}/events``: start, step, restore, checkpoint_begin, checkpoint_end, exception, end, note."""
+
+    kind: str
+    rank: int = 0
+    steps: tuple[JobStep, ...] = ()  # of kind step; several at once
+    step: int | None = None  # restore: the step that training goes on from
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """``GET /v1/jobs`` and ``/v1/jobs/{job}``: a job's time and energy; goodput counts only steps that were kept."""
+
+    job: str
+    state: str  # running, ended, failed, silent
+    begin_wall_ns: int
+    end_wall_ns: int | None
+    steps: int  # retained
+    lost_steps: int  # rolled back by a restore
+    time_s: float | None  # median step
+    energy_j: float | None  # all of it
+    energy_per_retained_step_j: float | None
+    saving_fraction: float | None  # against the job's own steps at full clock; None: not measured
+    plan: str | None
+    gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

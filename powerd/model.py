@@ -254,6 +254,30 @@ class Setpoint:
     deferred_until_ns: int | None = None  # a step down waits for the minimum dwell
 
 
+class PlanState(StrEnum):
+    """Where an armed clock plan stands."""
+
+    ARMED = "armed"  # no beat yet: the safe clock holds
+    RUNNING = "running"
+    SAFE = "safe"  # a wrong or late beat, or one that asked for it: the safe clock holds until a step begins again
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class ClockPlan:
+    """The SM clocks of one GPU for one iteration, in the order of its instructions; armed once, followed by beats.
+
+    A plan only ever lowers: what is set is each clock cut to the setpoint that the lease's own want on this GPU leads to.
+    """
+
+    id: str  # at most 32 printable characters; shown by explain, events and the job's log
+    uuid: str
+    clocks_mhz: tuple[int, ...]  # one per instruction
+    safe_mhz: int | None  # holds before the first beat and after a wrong, late or missing one; None: the lease's own bounds
+    iteration_s: float  # planned time of one iteration
+    late_factor: float = 2.0  # no beat for so many iterations means the safe clock
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What hw did for one (GPU, control): requested, accepted, enforced, observed, and how long each step took."""

@@ -168,9 +168,10 @@ def draw(path: Path, halves: Sequence[Timeline], title: str) -> None:
             axes.broken_barh(spans, (rank - 0.42, 0.66), facecolors=colours, edgecolors="black", linewidths=edge)
             axes.broken_barh(spans, (rank + 0.24, 0.18), facecolors=[KIND_COLOURS[bar.letter] for bar in own], linewidths=0)
             letters |= dict.fromkeys(bar.letter for bar in own)
-            for bar in own if len(half.bars) <= 400 else ():
-                axes.text(bar.start_s + bar.time_s / 2, rank - 0.09, str(bar.microbatch), ha="center", va="center", fontsize=5,
-                          clip_on=True)  # fmt: skip
+            for bar, colour in zip(own, colours, strict=True) if len(half.bars) <= 400 else ():
+                ink = "black" if isinstance(colour, str) or sum(colour[:3]) > 1.2 else "white"
+                middle_s = bar.start_s + bar.time_s / 2
+                axes.text(middle_s, rank - 0.09, bar.microbatch, ha="center", va="center", fontsize=5, color=ink, clip_on=True)
         axes.set_ylim(half.ranks - 0.5, -0.5)
         axes.set_yticks(range(half.ranks))
         axes.set_ylabel("pipeline rank")

@@ -166,6 +166,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         if metrics is not None:
             node.listeners.append(metrics.observe)
             events.listeners.append(lambda event: _count(metrics, event))
+            engine.setpoints.on_set = metrics.was_set
         if store is not None:
             node.listeners.append(store.append)
             events.listeners.append(store.append_event)

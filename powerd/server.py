@@ -113,8 +113,12 @@ class Server:
             except OSError:
                 link.close()
 
-    def _guard(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _guard(
+        self, handler: Handler, max_body_bytes: int = MAX_BODY_BYTES
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
+            if max_body_bytes != MAX_BODY_BYTES:
+                request = request.clone(client_max_size=max_body_bytes)
             counted = FLIGHT_HEADER in request.headers and self._clock.scale == 0.0
             headers = {API_HEADER: _VERSION}
             try:

@@ -123,6 +123,10 @@ class EnergySpans:
         self._traces: dict[str, Trace] = {}
         self._news: asyncio.Event | None = None
 
+    def sampled_every(self, period_ns: int) -> None:
+        """Samples come at another rate from now on."""
+        self._period_ns = period_ns
+
     def observe(self, snapshot: Snapshot) -> None:
         """Keep one snapshot; call it at every tick."""
         for reading in snapshot.readings:

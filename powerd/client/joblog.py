@@ -50,8 +50,10 @@ class JobLog:
         self._closing = False
         self._closed = threading.Event()
         self._pid = os.getpid()
-        self._pacer = Pacer(client, "job log")
-        _start(self._run, "powerd-job-log")
+        self._pacer: Pacer | None = None
+        ready = threading.Event()
+        _start(lambda: self._run(ready), "powerd-job-log")
+        ready.wait(CLOSE_S)
         atexit.register(self.close)
 
     # -- what a job says -------------------------------------------------------------------------------------------------
@@ -105,22 +107,18 @@ class JobLog:
 
     # -- the thread ------------------------------------------------------------------------------------------------------
 
-    def _take(self) -> list[JobEvent]:
-        """What there is, consecutive steps as one event."""
-        with self._lock:
-            events, self._queue = list(self._queue), deque()
-        return batches(events)
-
-    def _put_back(self, events: list[JobEvent]) -> None:
+    def _put_back(self, events: Sequence[JobEvent]) -> None:
         with self._lock:
             self._queue.extendleft(reversed(events))
             while len(self._queue) > self._capacity:
                 self._queue.pop()
                 self.dropped += 1
 
-    def _run(self) -> None:
+    def _run(self, ready: threading.Event) -> None:
         try:
-            with self._pacer as pacer:
+            with Pacer(self._client, "job log") as self._pacer:
+                pacer = self._pacer
+                ready.set()
                 wait_s = self._interval_s
                 while not self._closing:
                     pacer.wait(wait_s)
@@ -129,6 +127,7 @@ class JobLog:
         except Exception as error:
             self._client.warn("job log", error)
         finally:
+            ready.set()
             with self._lock:
                 self._closing = True
                 self.dropped += len(self._queue)
@@ -136,21 +135,20 @@ class JobLog:
 
     def _send(self) -> bool:
         """Send all there is; False when the daemon is away, and what it has not got is kept."""
-        events = self._take()
-        while events:
+        with self._lock:
+            events, self._queue = list(self._queue), deque()
+        sent = 0
+        for batch in batches(events):
+            size = max(1, len(batch.steps))  # every step came as an event of its own
             try:
-                self._client.job_event_strict(self.job, events[0], timeout_s=CLOSE_S if self._closing else None)
-            except RequestError as error:
-                self.dropped += max(1, len(events[0].steps))
-                self._client.warn(f"job log of {self.job!r}", error)
-                if error.code.name == "too_many":
-                    self._put_back(events[1:])
-                    return False
+                self._client.job_event_strict(self.job, batch, timeout_s=CLOSE_S if self._closing else None)
             except PowerdError as error:
                 self._client.warn(f"job log of {self.job!r}", error)
-                self._put_back(events)
-                return False
-            events.pop(0)
+                if not isinstance(error, RequestError) or error.code.name == "too_many":
+                    self._put_back(events[sent:])
+                    return False
+                self.dropped += size  # it will never be taken
+            sent += size
         return True
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
@@ -160,7 +158,8 @@ class JobLog:
             return
         with self._lock:
             self._closing = True
-        self._pacer.wake()
+        if self._pacer is not None:
+            self._pacer.wake()
         self._closed.wait(timeout_s)
 
     def __enter__(self) -> JobLog:

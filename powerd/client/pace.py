@@ -21,7 +21,11 @@ _NS = 1_000_000_000
 
 
 class Pacer:
-    """One thread's waits; use it in that thread as a context manager, ``wake`` from any."""
+    """One thread's waits: made and used in that thread as a context manager, ``wake`` from any.
+
+    On a stepped node a thread is the participant that it last joined as: whoever starts it waits until it is made, so that time
+    cannot pass it by, and does not make it itself.
+    """
 
     def __init__(self, client: Client, name: str) -> None:
         self._client = client
@@ -31,7 +35,6 @@ class Pacer:
         if os.environ.get("POWERD_SIM_STATE"):
             from powerd.clock import from_environment
 
-            # Joined by whoever makes it, before the thread runs: stepped time cannot pass it by.
             self._clock = from_environment()
             self._waiter = self._clock.waiter(name)
 

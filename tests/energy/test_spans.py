@@ -11,9 +11,10 @@ import pytest
 from benchmarks.spans import Setup, campaign, summary
 from powerd.api import Span, SpansRequest, SpansView
 from powerd.clock import NS, RealClock, Waiter
+from powerd.energy import SensorErrors
 from powerd.errors import RequestError
 from powerd.model import EnergyMethod, Health, Reading, Snapshot
-from powerd.spans import MAX_SPANS
+from powerd.spans import MAX_SPANS, Cut, estimate
 from powerd.trace import KEEP_NS, EnergySpans
 
 GPU = "GPU-a"
@@ -126,6 +127,18 @@ def test_a_throttled_label_shows_its_clock_and_why() -> None:
     rows = {row.label: row for row in gpu.ask().labels}
     assert (rows["backward"].sm_clock_mhz, rows["backward"].clock_event_reasons) == (1005, ("sw_thermal_slowdown",))
     assert (rows["forward"].sm_clock_mhz, rows["forward"].clock_event_reasons) == (1410, ())
+
+
+def test_no_refresh_period_is_believed_that_the_samples_contradict() -> None:
+    """Samples a little off their 50 ms: a grid of 100 ms would explain the jitter and lose every second value."""
+    rng, cut = random.Random(3), Cut(0, True, 500_000, ())
+    for number in range(60):
+        at = NS + number * NS // 20 + rng.randrange(100_000)
+        for column, value in ((cut.time_ns, at), (cut.seen_ns, at), (cut.energy_mj, 15_000 * number), (cut.power_mw, 300_000),
+                              (cut.clock_mhz, 1410), (cut.reasons, 0), (cut.epoch, 1)):  # fmt: skip
+            column.append(value)
+    (row,) = estimate(GPU, [Span("forward", 2 * NS, 3 * NS)], cut, SensorErrors()).labels
+    assert row.energy_j == pytest.approx(300, rel=0.005)
 
 
 def test_labels_that_the_data_cannot_tell_apart_get_a_wide_interval_and_a_right_sum() -> None:

@@ -23,8 +23,11 @@ def plan(script: str, body: bytes = JOB) -> dict[str, object]:
 
 
 def test_the_job_goes_in_and_the_plan_comes_out() -> None:
-    script = "import json, sys; job = json.load(sys.stdin); print(json.dumps({'schedule': job['schedule'], 'energy_j': 1.5}))"
-    assert plan(script) == {"schedule": "1f1b", "energy_j": 1.5}
+    script = "import json, sys; print(json.dumps(json.load(sys.stdin)))"
+    rows = [[0, "forward", 1410, 0.1, 30.0]]
+    together = {"schedule": "1f1b", "profile_rows": rows, "deadline": "1.05x"}
+    apart = {"job": {"schedule": "1f1b"}, "profile_rows": rows, "deadline": "1.05x"}
+    assert plan(script, json.dumps(together).encode()) == plan(script, json.dumps(apart).encode()) == apart
 
 
 @pytest.mark.parametrize(

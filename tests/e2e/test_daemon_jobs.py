@@ -97,6 +97,7 @@ def test_another_user_sees_and_says_nothing_of_a_job_and_owns_its_own(node: Rig)
     assert as_user(node, NOBODY, "GET", "/v1/jobs/mine")[0] == 404
     status, answer = as_user(node, NOBODY, "POST", "/v1/jobs/theirs/events", {"kind": "start"})
     assert (status, answer["error"]["code"]) == (403, "denied"), "who runs nothing here has no job here"
+    assert as_user(node, NOBODY, "POST", "/v1/perseus/plan", {"profile_rows": []})[0] == 403, "nor any CPU time"
     with socket.socket(socket.AF_UNIX):  # a process of that user on GPU 1
         holder = subprocess.Popen([sys.executable, "-I", "-c", _HOLD, str(node.socket), str(NOBODY)], stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, text=True, cwd="/")  # fmt: skip

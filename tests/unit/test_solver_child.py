@@ -33,7 +33,7 @@ def test_the_job_goes_in_and_the_plan_comes_out() -> None:
 @pytest.mark.parametrize(
     ("script", "kind", "says"),
     [
-        ("print('{\"error\": \"row 3: time is NaN\"}'); raise SystemExit(2)", RequestError, "row 3: time is NaN"),
+        ('print(\'{"error": "row 3: time is NaN"}\'); raise SystemExit(2)', RequestError, "row 3: time is NaN"),
         ("raise SystemExit(2)", UnavailableError, "the planner failed"),
         ("print('nonsense')", UnavailableError, "the planner failed"),
         ("import nowhere_to_be_found", UnavailableError, "pip install 'powerd[plan]'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import socket
 import threading
@@ -377,7 +379,7 @@ def test_a_worker_that_died_is_followed_by_one_at_the_safe_clock_until_a_step_be
     beats.send(1, 1)
     rig.locked(1200)
     powerd.until(lambda: (powerd.tables.get(Table.STATUS) or {}).get("worker_pid"))
-    signal.pidfd_send_signal(pidfd(powerd.tables[Table.STATUS]["worker_pid"]), signal.SIGKILL)
+    signal.pidfd_send_signal(os.pidfd_open(powerd.tables[Table.STATUS]["worker_pid"]), signal.SIGKILL)
     powerd.event("worker_died")
     rig.locked(SAFE)
     beats.send(1, 2)  # of the step that the dead worker followed
@@ -389,10 +391,34 @@ def test_a_worker_that_died_is_followed_by_one_at_the_safe_clock_until_a_step_be
     assert rig.at_baseline()
 
 
-def pidfd(pid: int) -> int:
-    import os
+@pytest.mark.parametrize("point", ["hw.plan.armed", "hw.plan.followed"])
+def test_a_worker_killed_while_a_plan_is_armed_or_followed_leaves_no_lock_behind(rig: Rig, point: str) -> None:
+    serve = rig.serve("--exit-with-peer", kill_at=point)
+    powerd = held(rig)
+    beats = powerd.ask_for_plan(plan_for(rig))
+    with contextlib.suppress(OSError):
+        beats.send(1, 0)
+    powerd.event("worker_died")
+    rig.locked(SAFE)
+    beats.send(2, 0)
+    rig.locked(1980)
+    powerd.close()
+    assert serve.wait(PATIENCE_S) == 0
+    assert rig.at_baseline()
+    assert beats.closed()
 
-    return os.pidfd_open(pid)
+
+def test_a_supervisor_killed_with_a_plan_leaves_no_lock_once_restore_has_run(rig: Rig) -> None:
+    serve = rig.serve(kill_at="hw.plan.received:2")
+    powerd = held(rig)
+    beats = powerd.arm(plan_for(rig))
+    beats.send(1, 0)
+    rig.locked(1980)
+    powerd.disarm()
+    assert serve.wait(PATIENCE_S) == -9
+    assert beats.closed()
+    assert rig.restore()[0] == 0
+    assert rig.at_baseline()
 
 
 # what is not armed

@@ -59,7 +59,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
     Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
     Metric("powerd_plans_armed", "gauge", "", (), "Clock plans that are armed"),
-    Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats by what they were: begin, next, asked, wrong, ignored, late, closed"),
+    Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats: begin, next, asked, wrong, ignored, late, closed"),
     Metric("powerd_plan_switches", "counter", "", (), "Clocks that clock plans have set"),
     Metric("powerd_restore", "counter", "", ("cause",), "Settings put back to baseline, by cause"),
     Metric("powerd_drift", "counter", "", ("control",), "Settings that somebody else changed, by control"),

@@ -167,6 +167,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         if metrics is not None:
             node.listeners.append(metrics.observe)
             events.listeners.append(lambda event: _count(metrics, event))
+            engine.setpoints.on_set = metrics.was_set
         if store is not None:
             node.listeners.append(store.append)
             events.listeners.append(store.append_event)
@@ -217,6 +218,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 if child is not None:
                     child.reload(for_child(new, state_dir))
                 engine.apply_config(new)
+                node.sample_hz = new.hw.sample_hz
+                windows.sampled_every(round(clocks.NS / new.hw.sample_hz))
                 reload_error = ""
                 events.add("config_reloaded")
             except ConfigError as error:

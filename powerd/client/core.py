@@ -305,11 +305,11 @@ class Client:
         """Renew the TTL of a lease; LeaseLostError when it has ended."""
         return self._ask(LeaseView, "heartbeat", "POST", f"/v1/leases/{lease_id}/heartbeat", headers=_token(token))
 
-    def lease_release(self, lease_id: str, token: str | None = None) -> LeaseView:
-        """Release a lease; answers when its settings are undone."""
+    def lease_release(self, lease_id: str, token: str | None = None, wait_s: float = 10.0) -> LeaseView:
+        """Release a lease; answers when its settings are undone, UnavailableError after the timeout plus ``wait_s``."""
         self.killpoint("client.release.before")
         return self._ask(
-            LeaseView, "release", "DELETE", f"/v1/leases/{lease_id}", headers=_token(token), timeout_s=self._wait(10.0)
+            LeaseView, "release", "DELETE", f"/v1/leases/{lease_id}", headers=_token(token), timeout_s=self._wait(wait_s)
         )
 
     def _wait(self, wait_s: float) -> float | None:

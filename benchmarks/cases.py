@@ -14,6 +14,7 @@ import psutil
 
 from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
+from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
@@ -297,4 +298,5 @@ CASES = {
     "sinks": sinks,
     "energy": energy,
     "spans": spans,
+    "beats": beats,
 }

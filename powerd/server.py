@@ -72,7 +72,7 @@ class Server:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for route in ROUTES:
             app.router.add_route(route.method, route.path, self._guard(handlers[route.name], route.max_body_bytes))
-        app.router.add_route("*", "/{path:.*}", self._guard(self._nowhere))
+        app.router.add_route("*", "/{path:.*}", self._guard(self._nowhere, MAX_BODY_BYTES))
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=3600.0, shutdown_timeout=1.0)
 
     async def start(self, unix: socket.socket, tcp: TcpConfig | None = None) -> None:
@@ -113,9 +113,7 @@ class Server:
             except OSError:
                 link.close()
 
-    def _guard(
-        self, handler: Handler, max_body_bytes: int = MAX_BODY_BYTES
-    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _guard(self, handler: Handler, max_body_bytes: int) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
             if max_body_bytes != MAX_BODY_BYTES:
                 request = request.clone(client_max_size=max_body_bytes)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy import optimize
 
 from powerd.errors import RequestError
 from powerd_policies.perseus.problem import Dag, Floats
@@ -57,7 +58,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The fitted numbers of one job: ``P(f) = min(static_w + dynamic_w * (f / fmax)^3, cap_w)`` while a rank computes."""
+    """The fitted numbers of one job: ``P(f) = min(static_w + dynamic_w * (f / fmax)^3, cap_w)`` while a rank computes.
+
+    A description of the clocks that were run, not of the chip: ``static_w`` holds what does not change between them.
+    """
 
     time_factor: float  # of the replayed iteration time
     static_w: float
@@ -70,9 +74,10 @@ class Model:
 
     def predict(self, job: Job, times_s: Mapping[Key, float], clocks_mhz: Mapping[Key, float]) -> Prediction:
         """Time and energy of an iteration whose instructions take these times at these clocks; needs no measured total."""
-        return self._of(Replayed.of(job, times_s, clocks_mhz), job)
+        return self.predicted(Replayed.of(job, times_s, clocks_mhz), job)
 
-    def _of(self, replayed: Replayed, job: Job) -> Prediction:
+    def predicted(self, replayed: Replayed, job: Job) -> Prediction:
+        """The same, of a run that went through the graph before."""
         time_s = self.time_factor * replayed.path_s
         busy_s = self.time_factor * replayed.busy_s
         blocked_s = job.dag.ranks * time_s - float(busy_s.sum())
@@ -132,19 +137,21 @@ class Runs:
 
         def misses(parameters: Floats) -> Floats:
             trial = model(parameters)
-            return np.array([trial._of(self.replayed[n], self.job).energy_j for n in chosen]) / measured_j - 1
+            said_j: Floats = np.array([trial.predicted(self.replayed[n], self.job).energy_j for n in chosen])
+            return np.asarray(said_j / measured_j - 1, dtype=np.float64)
 
         limit_w = self.job.power_limit_w
         low_w, high_w = ((1 - CAP_SLACK) * limit_w, (1 + CAP_SLACK) * limit_w)
         within = ((0.0, 0.0, low_w), (limit_w, 3 * limit_w, high_w))
         # Where the clocks' draw crosses the cap, the misfit has a kink and sometimes a second valley: start on both sides.
         starts = [(share * limit_w, (1.05 - share) * limit_w, cap_w) for share in (0.3, 0.6) for cap_w in (low_w + 1, high_w - 1)]
+        least_squares: Any = optimize.least_squares  # untyped; a module of the same name hides it from type checkers
         fits = [least_squares(misses, start, bounds=within, x_scale=limit_w) for start in starts]
         return model(min(fits, key=lambda fit: float(fit.cost)).x)
 
     def judge(self, model: Model) -> tuple[Floats, Floats]:
         """Relative errors of time and energy of every run, predicted over measured minus one."""
-        said = [model._of(replayed, self.job) for replayed in self.replayed]
+        said = [model.predicted(replayed, self.job) for replayed in self.replayed]
         times = np.array([s.iteration_time_s / run.iteration_time_s for s, run in zip(said, self.runs, strict=True)])
         energies = np.array([s.energy_j / run.energy_j for s, run in zip(said, self.runs, strict=True)])
         return times - 1, energies - 1

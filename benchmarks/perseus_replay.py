@@ -91,7 +91,7 @@ def at_random(name: str, runs: Runs, seed: int) -> Judged:
     return judge(name, runs, sorted(random.Random(seed).sample(range(count), (count + 1) // 2)))  # noqa: S311 repeatable
 
 
-def cause(name: str, runs: Runs, plan: int) -> str:
+def cause(name: str, runs: Runs, model: Model, plan: int) -> str:
     """Why this plan is predicted worst, from what was measured in it."""
     settings = _settings()[name]
     of = settings[plan]
@@ -105,8 +105,13 @@ def cause(name: str, runs: Runs, plan: int) -> str:
             f"{100 * (ratio[plan] - 1):.1f} % of time between instructions against {100 * (others - 1):.1f} % at lower clocks"
         )
     else:
-        low, mean, high = max(of, key=lambda clocks: clocks[2] - clocks[0])
-        told.append(f"most likely the model: it takes the mean, {mean:.0f} MHz, of a rank that runs at {low:.0f} to {high:.0f}")
+        misses = _by_rank(name, runs, model, plan)
+        rank = int(np.abs(misses).argmax())
+        low, mean, high = of[rank]
+        told.append(
+            f"{100 * misses[rank]:+.2f} of it in the energy of rank {rank}, whose plan goes from {low:.0f} to {high:.0f} MHz"
+        )
+        told.append(f"while the model takes one clock, their mean of {mean:.0f} MHz")
     if len(twins) > 1:
         energies, times = [run.energy_j for run in twins], [run.iteration_time_s for run in twins]
         told.append(
@@ -116,6 +121,24 @@ def cause(name: str, runs: Runs, plan: int) -> str:
     return ", ".join(told)
 
 
+def _by_rank(name: str, runs: Runs, model: Model, plan: int) -> Floats:
+    """Each rank's part in the energy error of a plan, as a share of its energy, beyond that rank's usual part."""
+    measured: dict[tuple[int, int], float] = {
+        (int(row["plan"]), int(row["rank"])): float(row["iter_energy_J"])
+        for row in _rows("iterations.csv.gz")
+        if (row["model"], row["gpu"]) == _model_and_gpu(name)
+    }
+    ranks = runs.job.dag.ranks
+    parts = np.empty((len(runs.runs), ranks))
+    for number, (own, replayed) in enumerate(zip(runs.runs, runs.replayed, strict=True)):
+        busy_s = (model.time_factor * replayed.busy_s).reshape(ranks, -1)
+        busy_j = (model.power_w(replayed.share).reshape(ranks, -1) * busy_s).sum(axis=1)
+        said_j = busy_j + runs.job.blocking_power_w * (model.time_factor * replayed.path_s - busy_s.sum(axis=1))
+        parts[number] = (said_j - np.array([measured[own.plan, rank] for rank in range(ranks)])) / own.energy_j
+    usual = np.median(parts, axis=0)
+    return np.asarray(parts[[own.plan for own in runs.runs].index(plan)] - usual, dtype=np.float64)
+
+
 @cache
 def _settings() -> dict[str, dict[int, tuple[tuple[float, float, float], ...]]]:
     """Job -> plan -> lowest, mean and highest clock of every rank (MHz)."""
@@ -123,8 +146,13 @@ def _settings() -> dict[str, dict[int, tuple[tuple[float, float, float], ...]]]:
     for row in _rows("iterations.csv.gz"):
         clocks = (float(row["setting_min"]), float(row["setting_mean"]), float(row["setting_max"]))
         found.setdefault((row["model"], row["gpu"]), {}).setdefault(int(row["plan"]), []).append(clocks)
-    named = {(name.split(" on ")[0], name.split("x ")[-1]): name for name in load()}
+    named = {_model_and_gpu(name): name for name in load()}
     return {named[key]: {plan: tuple(ranks) for plan, ranks in plans.items()} for key, plans in found.items()}
+
+
+def _model_and_gpu(name: str) -> tuple[str, str]:
+    model, _, hardware = name.partition(" on ")
+    return model, hardware.partition("x ")[2]
 
 
 def measure(report: Report, progress: Progress) -> bool:
@@ -144,7 +172,7 @@ def measure(report: Report, progress: Progress) -> bool:
         fitted.append((name, f"{m.time_factor:.4f}", f"{m.static_w:.0f}", f"{m.dynamic_w:.0f}", f"{m.cap_w:.0f}"))
         for what, values in (("time", time), ("energy", energy)):
             plan = judged.plans[int(values.argmax())]
-            report.notes.append(f"Worst {what} of {name}: plan {plan}, {100 * values.max():.2f} %: {cause(name, runs, plan)}.")
+            report.notes.append(f"Worst {what} of {name}: plan {plan}, {100 * values.max():.2f} %: {cause(name, runs, m, plan)}.")
         splits = [at_random(name, runs, seed) for seed in range(RANDOM_SPLITS)]
         t, e = ([abs(getattr(split, what)) for split in splits] for what in ("time", "energy"))
         good &= all(v.mean() <= TIME_BOUND for v in t) and all(v.mean() <= ENERGY_BOUND for v in e)

@@ -222,7 +222,7 @@ def measure(report: Report, progress: Progress) -> bool:
     )
     report.tables.append(Table((*header, *OTHERS), tuple(_cells(row) for row in found)))
     report.notes += [
-        "Simulated arithmetic on measured time and energy of single computations; no whole pipeline ran.",
+        "Computed from measured times and energies of single computations, as the paper's emulation was; no whole pipeline ran.",
         "Saving: against every GPU at its highest clock until its own end; a plan pays blocking power until its deadline.",
         "Power limits and EnvPipe are held to the same deadline; a power limit that may cost no time at all saves nothing."
         " With a straggler, power limits are lowered as far as it allows; EnvPipe has one plan and waits.",

@@ -24,7 +24,9 @@ def test_intrinsic_savings_reach_the_published_row_in_time(gpu: perseus_rows.Gpu
 
 
 def test_a_row_that_misses_its_promise_fails_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    row = perseus_rows.intrinsic(perseus_rows.GPUS[0], 12)
+    row = perseus_rows.Row("A100-SXM", 12, "at 1.00x", 15.9, 16.06, 0.2, 15.2, "", 0.001, (14.1,), 16.06)
+    assert row.passed
+    assert not dataclasses.replace(row, saving=16.1).passed, "more than the bound allows"
     assert not dataclasses.replace(row, promised=row.saving + 0.01).passed
     assert not dataclasses.replace(row, slowdown=0.0011).passed
     assert not dataclasses.replace(row, known_bound=row.bound + 0.02).passed

@@ -7,7 +7,6 @@ that partial plans can be compared while they are built; a plan that would be la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np

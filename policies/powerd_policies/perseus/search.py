@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from powerd_policies.perseus.problem import Dag, Floats, Ints, Problem
+from powerd_policies.perseus.problem import Dag, Ints, Problem
 
 IN_TIME = 1e-10  # of the deadline: float error that is not lateness
 LABELS = 48  # partial plans kept per chain

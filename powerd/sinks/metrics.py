@@ -58,10 +58,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_config_last_reload_successful", "gauge", "", (), "1 when the configuration file as it stands is in force"),
     Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
     Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
+    Metric("powerd_plans_armed", "gauge", "", (), "Clock plans that are armed"),
+    Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats: begin, next, asked, wrong, ignored, late, closed"),
+    Metric("powerd_plan_switches", "counter", "", (), "Clocks that clock plans have set"),
     Metric("powerd_restore", "counter", "", ("cause",), "Settings put back to baseline, by cause"),
     Metric("powerd_drift", "counter", "", ("control",), "Settings that somebody else changed, by control"),
     Metric("powerd_energy_windows_open", "gauge", "", (), "Open energy windows"),
-    Metric("powerd_nvml_call_seconds", "summary", "seconds", ("function",), "Time spent in NVML calls"),
+    Metric("powerd_jobs", "gauge", "", ("state",), "Training jobs that report themselves, by state"),
+    Metric("powerd_job_steps", "counter", "", (), "Training steps that jobs reported since powerd started"),
+    Metric("powerd_job_lost_steps", "counter", "", (), "Steps among them that a restore rolled back"),
+    Metric("powerd_job_energy_joules", "counter", "joules", (), "Energy that jobs reported for their steps and checkpoints"),
+    Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
     Metric("powerd_store_errors", "counter", "", (), "Failed rounds of writing to the embedded store"),
@@ -118,7 +125,7 @@ class Metrics(Collector):
     def __init__(self, table: Iterable[Metric] = METRICS) -> None:
         self._table = {metric.name: metric for metric in table}
         self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in self._table}
-        self._calls: dict[tuple[str, ...], tuple[int, float]] = {}
+        self._sets: dict[tuple[str, ...], tuple[int, float]] = {}
         self._sums: dict[str, _GpuSums] = {}
         self._gpus: dict[str, Capabilities] = {}
         self._snapshot: Snapshot | None = None
@@ -162,14 +169,29 @@ class Metrics(Collector):
             if state is not LeaseState.ENDED:
                 self.set("powerd_leases", counts.get(state, 0), str(state))
 
+    def jobs(self, states: Mapping[str, int], counters: Iterable[float]) -> None:
+        """Jobs by state; steps, lost steps and joules that they reported."""
+        for state, count in states.items():
+            self.set("powerd_jobs", count, state)
+        for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
+            self.set(f"powerd_job_{name}", value)
+
+    def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
+        """The clock plans, and their sums since powerd started."""
+        self.set("powerd_plans_armed", armed)
+        self.set("powerd_plan_switches", switches)
+        for verdict, count in beats.items():
+            self.set("powerd_plan_beats", count, verdict)
+
     def store(self, rows: int, dropped: int, errors: int, size_bytes: int) -> None:
         """The embedded store's own counters."""
         for name, value in (("rows", rows), ("dropped", dropped), ("errors", errors), ("size_bytes", size_bytes)):
             self.set(f"powerd_store_{name}", value)
 
-    def nvml_call(self, function: str, count: int, total_s: float) -> None:
-        """The whole number and time of calls of one NVML function since powerd-hw started."""
-        self._calls[(function,)] = (count, total_s)
+    def was_set(self, control: Control | str, took_s: float) -> None:
+        """The driver was told a new value of a control and took so long to return."""
+        count, total_s = self._sets.get((str(control),), (0, 0.0))
+        self._sets[(str(control),)] = (count + 1, total_s + took_s)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge, or a counter that is counted elsewhere; KeyError or ValueError when the table has it not so."""
@@ -202,7 +224,7 @@ class Metrics(Collector):
         for name, metric in self._table.items():
             if metric.kind == "summary":
                 summary = SummaryMetricFamily(name, metric.help, labels=metric.labels)
-                for labels, (count, total) in self._calls.items():
+                for labels, (count, total) in sorted(self._sets.items()):
                     summary.add_metric(labels, count, total)
                 family: Family = summary
             else:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from powerd.api import ROUTES
-from powerd.errors import CODES
+from powerd.client import Client
+from powerd.errors import CODES, DeniedError, UnavailableError
+from powerd.routes import ROUTES
 from tests.e2e.daemon_rig import Rig, limit, pin, rig
 
 NOBODY = 65534
@@ -42,15 +43,20 @@ def test_every_route_answers_and_only_the_listed_ones_exist(node: Rig) -> None:
     bodies: dict[str, Any] = {
         "lease_create": {"gpus": node.hw.uuids[:1], "wants": [pin(900)], "reason": "r", "detached": True, "dry_run": True},
         "lease_change": {"wants": [limit(350)]}, "window_begin": {"gpus": node.hw.uuids}, "quiesce": {"max_s": 0.01},
+        "job_event": {"kind": "start"},
+        "energy_spans": {"uuid": node.hw.uuids[0], "spans": [{"label": "x", "begin_ns": 1, "end_ns": 2}], "wait": False},
     }  # fmt: skip
     ids = {"window_end": window["id"]}
     order = sorted(
-        ROUTES, key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "resume")
+        ROUTES,
+        key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "job", r.name == "resume"),
     )
     for route in order:
-        if route.name == "stream":
-            continue  # has its own tests
-        path = route.path.replace("{uuid}", node.hw.uuids[0]).replace("{id}", ids.get(route.name, lease["id"]))
+        if route.name in ("stream", "perseus_plan", "plan_arm", "plan_disarm"):
+            continue  # have their own tests
+        path = (
+            route.path.replace("{uuid}", node.hw.uuids[0]).replace("{job}", "j").replace("{id}", ids.get(route.name, lease["id"]))
+        )
         status, body, headers = node.exchange(route.method, path, bodies.get(route.name))
         assert status == 200, (route.name, body)
         assert headers["Powerd-Api"] == "1.0", route.name
@@ -420,6 +426,15 @@ def test_tls_is_served(own: Rig) -> None:
     own.start()
     context = ssl.create_default_context(cafile=str(certificate))
     assert ask_tcp(port, "GET", "/v1/node", context=context, Authorization="Bearer " + "s" * 32)[0] == 200
+    with Client(url=f"https://127.0.0.1:{port}", token_file=own.folder / "token", ca_file=certificate) as trusting:
+        assert len(trusting.snapshot().readings) == 2
+        lease = trusting.lease(own.hw.uuids[:1], sm_clock_mhz=900, reason="from afar", detached=True)
+        assert lease.held
+        lease.release()
+    with Client(url=f"https://127.0.0.1:{port}", token_file=own.folder / "token") as doubting, pytest.raises(UnavailableError):
+        doubting.snapshot()  # nobody vouches for this certificate
+    with Client(url=f"https://127.0.0.1:{port}", ca_file=certificate) as unknown, pytest.raises(DeniedError):
+        unknown.snapshot()
 
 
 @pytest.mark.parametrize(

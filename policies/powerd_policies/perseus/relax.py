@@ -14,19 +14,18 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import linprog  # type: ignore[attr-defined]
+from scipy.optimize import linprog
 
 from powerd.errors import PowerdError
 from powerd_policies.perseus.problem import Dag, Floats, Ints, Problem
 
-min_cost_flow: Any
 try:
     from ortools.graph.python import min_cost_flow
 except ImportError:  # slower, the same optimum: see highs()
     min_cost_flow = None
 
 # Fine enough to lose less than a millionth of the energy; finer ones cost the solver time.
-TIME_STEPS = 2**23  # of the deadline
+TIME_STEPS = {2000: 2**25, 2**62: 2**23}  # of the deadline, by number of instructions
 SLOPE_STEPS = 2**14  # of the steepest hull
 UNLIMITED = 2**26  # capacity of what cannot be made faster
 
@@ -37,9 +36,21 @@ class Relaxed:
 
     times_s: Floats  # of each node
     price_w: Floats  # of each node: what one second less of it would cost, in joules
+    edges: Ints
     edge_price_w: Floats  # of each edge of the dag: what one second of slack on it costs
     deadline_price_w: float
     lower_bound_j: float
+
+    @cached_property
+    def edge_prices(self) -> dict[tuple[int, int], float]:
+        """The same by edge."""
+        return {(a, b): w for (a, b), w in zip(self.edges.tolist(), self.edge_price_w.tolist(), strict=True)}
+
+    @cached_property
+    def cap_w(self) -> float:
+        """More than any usual price: what cannot be made faster at all may have one without bounds."""
+        paid = self.price_w[self.price_w > 0]
+        return 10.0 * float(np.median(paid)) if len(paid) else 0.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Network:
     def flow(self, deadline_s: float) -> Relaxed:
         """By OR-tools' min-cost flow."""
         node, time, left, right = self.corners
-        unit_s = deadline_s / TIME_STEPS
+        unit_s = deadline_s / next(steps for most, steps in TIME_STEPS.items() if self.nodes <= most)
         unit_w = max((float(h.slopes_w[0]) for h in self.hulls if len(h.slopes_w)), default=1.0) / SLOPE_STEPS
         length = np.ceil(time / unit_s).astype(np.int64)
         high = np.where(np.isinf(left), UNLIMITED, np.round(np.minimum(left, 1e300) / unit_w)).astype(np.int64)
@@ -210,9 +221,9 @@ class Network:
         high = np.concatenate([np.full(events, deadline_s * (1 + 1e-12)), slowest, most])
         low[self.source] = high[self.source] = 0.0
         cost = np.concatenate([np.zeros(events + nodes), -np.ones(nodes)])
-        found = linprog(  # type: ignore[no-untyped-call]
+        found = linprog(
             cost,
-            A_ub=sparse.csr_matrix((a, (i, j)), (count, len(cost))),  # type: ignore[no-untyped-call]
+            A_ub=sparse.csr_matrix((a, (i, j)), (count, len(cost))),
             b_ub=np.concatenate(limit),
             bounds=np.stack([low, high], axis=1),
             method="highs",
@@ -236,7 +247,7 @@ class Network:
             price_w[after],
             np.where(np.bincount(before, minlength=self.nodes)[before] == 1, price_w[before], 0.0),
         ) * (self.end[before] == self.start[after])
-        return Relaxed(times_s, price_w, edge_w, deadline_w, bound_j(problem, price_w, deadline_w, deadline_s))
+        return Relaxed(times_s, price_w, problem.dag.edges, edge_w, deadline_w, bound_j(problem, price_w, deadline_w, deadline_s))
 
 
 def bound_j(problem: Problem, price_w: Floats, deadline_w: float, deadline_s: float) -> float:

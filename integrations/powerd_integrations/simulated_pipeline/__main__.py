@@ -1,0 +1,95 @@
+"""``python -m powerd_integrations.simulated_pipeline``: trains on the simulated node that ``POWERD_SIM_STATE`` names.
+
+House rules: without ``--rank`` it starts one process per GPU and ends them all with itself, as torchrun does; every line on stdout
+is one JSON object; with ``--ask`` nothing begins before a line on stdin says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+from powerd.clock import from_environment
+from powerd.errors import PowerdError
+from powerd.sim.node import SimError, attach
+from powerd_integrations.simulated_pipeline.job import Job
+from powerd_integrations.simulated_pipeline.launch import launch
+from powerd_integrations.simulated_pipeline.mail import Mail, MailError
+from powerd_integrations.simulated_pipeline.rank import Rank
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; 0 when all steps were made."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="powerd_integrations.simulated_pipeline", description="Pipeline training, simulated.")
+    parser.add_argument("--stages", default="0,2,5,7", metavar="N,N,...", help="the profile's stage that each stage is")
+    parser.add_argument("--pipelines", type=int, default=1, help="data-parallel pipelines")
+    parser.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b, interleaved, zb-h1, zbv")
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--chunks", type=int, default=1, help="stages per rank, of interleaved and zb-h1")
+    parser.add_argument("--recompute", action="store_true", help="recompute activations before every backward")
+    parser.add_argument("--profile", default="gpt3-175b", help="the node's measured kernels to use")
+    parser.add_argument("--steps", type=int, default=10, help="iterations; with --ask at most so many")
+    parser.add_argument("--ask", action="store_true", help="rank 0 reads a line before every step: go, or stop")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--mail", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    try:
+        rows = tuple(int(word) for word in args.stages.split(","))
+    except ValueError:
+        parser.error(f"--stages is a list of numbers, not {args.stages!r}")
+    try:
+        job = Job(rows, args.pipelines, args.schedule, args.microbatches, args.chunks, args.recompute, args.profile)
+        if args.rank is None and len(job.graph.nodes):  # what is wrong with a schedule is said once, not by every rank
+            return launch(job.world, arguments)
+        return _train(job, args)
+    except (PowerdError, SimError, MailError, ValueError) as error:
+        who = "" if args.rank is None else f" rank {args.rank}"
+        print(f"simulated_pipeline{who}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def say(**message: object) -> None:
+    """One JSON object on a line of its own, in one write, at once."""
+    sys.stdout.write(json.dumps({"simulated": True, **message}) + "\n")
+    sys.stdout.flush()
+
+
+def _train(job: Job, args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    clock = from_environment()
+    with attach() as node:
+        if job.world > node.gpus:
+            raise ValueError(f"{job.world} ranks need as many GPUs, this node has {node.gpus}")
+        mail = Mail(args.mail, args.rank, job.world, clock)
+        rank = Rank(job, args.rank, node, clock, mail)
+        mail.meet()
+        say(ready=args.rank)
+        try:
+            for number in range(args.steps):
+                if mail.share(("begin", str(number)), 0, _go(args)) != "go":
+                    break
+                say(**rank.run_step(number).to_json())
+        finally:
+            rank.close()
+            mail.close()
+    say(done=args.rank, now_ns=clock.now_ns())
+    return 0
+
+
+def _go(args: argparse.Namespace) -> str:
+    """What rank 0 is told; the clock stands meanwhile, when it is stepped."""
+    return sys.stdin.readline().strip() if args.ask and args.rank == 0 else "go"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -88,6 +88,9 @@ class Problem:
     tables: tuple[tuple[Option, ...], ...]
     table: Ints
     blocking_power_w: float  # of one rank that waits for another
+    measured: tuple[
+        tuple[Option, ...], ...
+    ] = ()  # like tables, before the Pareto filter: the highest clock need not be on the front
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ import argparse
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from powerd.clock import from_environment
 from powerd.errors import PowerdError
 from powerd.sim.node import SimError, attach
+from powerd_integrations.pipeline import Options
 from powerd_integrations.simulated_pipeline.job import Job
 from powerd_integrations.simulated_pipeline.launch import launch
 from powerd_integrations.simulated_pipeline.mail import Mail, MailError
@@ -34,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="gpt3-175b", help="the node's measured kernels to use")
     parser.add_argument("--steps", type=int, default=10, help="iterations; with --ask at most so many")
     parser.add_argument("--ask", action="store_true", help="rank 0 reads a line before every step: go, or stop")
+    parser.add_argument("--conduct", metavar="JSON", help="let powerd save energy, with these pipeline.Options ({} for the defaults)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--mail", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -42,10 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError:
         parser.error(f"--stages is a list of numbers, not {args.stages!r}")
     try:
+        options = None if args.conduct is None else _options(args.conduct)
         job = Job(rows, args.pipelines, args.schedule, args.microbatches, args.chunks, args.recompute, args.profile)
         if args.rank is None and len(job.graph.nodes):  # what is wrong with a schedule is said once, not by every rank
             return launch(job.world, arguments)
-        return _train(job, args)
+        return _train(job, options, args)
     except (PowerdError, SimError, MailError, ValueError) as error:
         who = "" if args.rank is None else f" rank {args.rank}"
         print(f"simulated_pipeline{who}: {error}", file=sys.stderr)
@@ -64,14 +69,26 @@ def say(**message: object) -> None:
     sys.stdout.flush()
 
 
-def _train(job: Job, args: argparse.Namespace) -> int:
+def _options(text: str) -> Options:
+    values: dict[str, Any] = json.loads(text)
+    if values.get("cache") is not None:
+        values["cache"] = Path(values["cache"])
+    try:
+        return Options(**values)
+    except TypeError as error:
+        raise ValueError(f"--conduct: {error}") from None
+
+
+def _train(job: Job, options: Options | None, args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     clock = from_environment()
     with attach() as node:
         if job.world > node.gpus:
             raise ValueError(f"{job.world} ranks need as many GPUs, this node has {node.gpus}")
         mail = Mail(args.mail, args.rank, job.world, clock)
-        rank = Rank(job, args.rank, node, clock, mail)
+        if options is not None and clock.scale == 0.0:  # whoever works beside the ranks would hold stepped time
+            options = replace(options, background=False)
+        rank = Rank(job, args.rank, node, clock, mail, options)
         mail.meet()
         say(ready=args.rank)
         try:
@@ -79,6 +96,8 @@ def _train(job: Job, args: argparse.Namespace) -> int:
                 if mail.share(("begin", str(number)), 0, _go(args)) != "go":
                     break
                 say(**rank.run_step(number).to_json())
+                if (plan := rank.new_plan()) is not None:
+                    say(**plan)
         finally:
             rank.close()
             mail.close()

@@ -6,12 +6,15 @@ slowest pipeline, and its norm for everybody, as in training frameworks; truth (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from powerd.client import Client
 from powerd.clock import Clock
 from powerd.sim.node import SimNode
 from powerd.sim.workload import Context
+from powerd_integrations.pipeline import Conductor, Options, Place
 from powerd_integrations.simulated_pipeline.job import Job
 from powerd_integrations.simulated_pipeline.mail import Mail
 
@@ -28,42 +31,57 @@ class Step:
     busy_s: float
     begin_mj: float
     end_mj: float
+    state: str | None  # of its conductor, when the step began
+    plan: str | None
 
     def to_json(self) -> dict[str, Any]:
         """As it is printed."""
         return {"simulated": True, **asdict(self)}
 
 
-class Conducted(Protocol):
-    """What a framework's hook calls around its own work; powerd_integrations.pipeline.Conductor is one."""
+class Exchange:
+    """How conductors talk: through the ranks' own boxes; a GPU whose rank waits for the others is blocked."""
 
-    def step_begin(self) -> None: ...
-    def begin(self, stage: int, kind: str, microbatch: int) -> None: ...
-    def end(self, stage: int, kind: str, microbatch: int) -> None: ...
-    def step_end(self) -> None: ...
-    def close(self) -> None: ...
+    def __init__(self, mail: Mail, context: Context) -> None:
+        self._mail, self._context, self._round = mail, context, 0
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        """Every rank's value, by rank."""
+        self._round += 1
+        return self._mail.gather(("exchange", str(self._round)), value, self._context.block)
 
 
 class Rank:
     """One GPU of the job; ``run_step`` is what a framework's training loop calls."""
 
-    def __init__(self, job: Job, rank: int, node: SimNode, clock: Clock, mail: Mail, conductor: Conducted | None = None) -> None:
+    def __init__(self, job: Job, rank: int, node: SimNode, clock: Clock, mail: Mail, options: Options | None = None) -> None:
         self.rank, self.pipeline, self.place = rank, rank // job.ranks, rank % job.ranks
         self._node, self._clock, self._mail = node, clock, mail
-        self.conductor = conductor
         self._first = self.pipeline * job.ranks
         self._peers = [p * job.ranks + self.place for p in range(job.pipelines) if p != self.pipeline]
         self._steps = job.order[self.place]
         self._waits, self._sends = job.travels(self.place)
         self._kernels = {step: job.kernels(step) for step in self._steps}
+        self._told: str | None = None
         self._context = Context(rank, node=node, name="pipeline-rank")
+        self.conductor = None if options is None else self._conducted(job, options)
+
+    def _conducted(self, job: Job, options: Options) -> Conductor:
+        place = Place(self.pipeline, self.place, 0, job.pipelines, job.ranks, 1, self.rank)
+        client = Client(on_error="log", timeout_s=60.0)
+        return Conductor(
+            place, Exchange(self._mail, self._context), client, uuid=self._node.view(self.rank).uuid.decode(), order=job.order,
+            options=options, shape=f"{job.profile} {job.rows}", now_ns=self._clock.now_ns,
+        )  # fmt: skip
 
     def run_step(self, number: int) -> Step:
         """One iteration of the schedule and its gradient sync."""
         conductor, round_ = self.conductor, str(number)
         begin_ns, begin_mj, busy_s = self._clock.now_ns(), self._node.true_energy_mj(self.rank), 0.0
+        state = plan = None
         if conductor is not None:
             conductor.step_begin()
+            state, plan = str(conductor.state), conductor.plan and str(conductor.plan["id"])
         for step in self._steps:
             key = (step.stage, str(step.kind), step.microbatch)
             for source, before in self._waits.get(step, ()):
@@ -76,12 +94,12 @@ class Rank:
             for target in self._sends.get(step, ()):
                 self._mail.send(self._first + target, (round_, str(step)))
         worked_ns = self._clock.now_ns()
-        self._sync(round_)
-        self._context.rest()
         if conductor is not None:
             conductor.step_end()
+        self._sync(round_)
+        self._context.rest()
         end_ns, end_mj = self._clock.now_ns(), self._node.true_energy_mj(self.rank)
-        return Step(self.rank, number, begin_ns, worked_ns, end_ns, busy_s, begin_mj, end_mj)
+        return Step(self.rank, number, begin_ns, worked_ns, end_ns, busy_s, begin_mj, end_mj, state, plan)
 
     def _sync(self, round_: str) -> None:
         """Gradients are summed over the pipelines' peers, their norm over all ranks: nobody goes on before the slowest."""
@@ -90,6 +108,17 @@ class Rank:
         for peer in self._peers:
             self._mail.take(peer, (round_, "gradients"), self._context.block)
         self._mail.gather((round_, "norm"), waiting=self._context.block)
+
+    def new_plan(self) -> dict[str, Any] | None:
+        """What the first rank of a pipeline has to tell of the plan that it has just been given, with the profile it rests on."""
+        conductor = self.conductor
+        if self.place or conductor is None or conductor.plan is None or conductor.plan["id"] == self._told:
+            return None
+        self._told, profile = conductor.plan["id"], conductor.agreement.profile
+        return {
+            "pipeline": self.pipeline, "planned": conductor.plan, "profile": profile.csv(),
+            "blocking_power_w": profile.blocking_power_w,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Give the GPU back."""

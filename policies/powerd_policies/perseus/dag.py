@@ -21,9 +21,9 @@ _KNOWN = frozenset(str(kind) for kind in Kind)
 def build(order: Order) -> Dag:
     """The graph of an order, derived or recorded: each rank's list runs in sequence, and
 
-    ``F(s,m) -> F(s+1,m)``, ``B|I(s,m) -> B|I(s-1,m)``, ``F(last,m) -> B|I(last,m)``, ``I(s,m) -> W(s,m)``, recomputation before its
-    backward. Kinds that are not in ``Kind`` only keep their place in their rank's list. RequestError, naming rank and instruction,
-    when one is missing or there twice, when ranks disagree on the microbatches, or when the order could never run to its end.
+    ``F(s,m) -> F(s+1,m)``, ``B|I(s,m) -> B|I(s-1,m)``, ``F(last,m) -> B|I(last,m)``, ``I(s,m) -> W(s,m)``, recomputation before
+    its backward. Kinds that are not in ``Kind`` only keep their place in their rank's list. RequestError, naming rank and
+    instruction, when one is missing or there twice, when ranks disagree on the microbatches, or when the order goes in a circle.
     """
     where = _places(order)
     _complete(order, where)

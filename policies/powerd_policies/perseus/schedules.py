@@ -4,7 +4,7 @@ House rules: an order is data (lists of Instruction), never code that runs; ``st
 model, and whose list an instruction is in says which rank runs it; every schedule takes any number of ranks and microbatches.
 
 Papers: GPipe (arXiv 1811.06965), 1F1B (PipeDream-Flush, 2006.09503), interleaved 1F1B (Megatron-LM, 2104.04473, section 2.2.2),
-zero bubble H1 and ZB-V (2401.10241, sections 2.3 and 6). Where frameworks vary, the order is that of torch.distributed.pipelining.
+zero bubble H1 and ZB-V (2401.10241, sections 2.3 and 6). Where frameworks vary, the order is torch.distributed.pipelining's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def order(name: str, stages: int, microbatches: int, chunks: int = 1, recompute:
     """The order of one iteration of a named schedule: one list of instructions per pipeline rank.
 
     ``stages`` is the number of pipeline ranks; with ``chunks`` > 1 each holds that many virtual stages (``interleaved`` and
-    ``zb-h1``: stage ``c * stages + rank``; ``zbv``: always two, stages ``rank`` and ``2 * stages - 1 - rank``). With ``recompute``
-    activations are recomputed in front of every backward, as an instruction that waits for nothing but its own rank; a framework
-    that recomputes inside backward measures it there and needs no ``recompute``. RequestError for an unknown name and for numbers
-    below one.
+    ``zb-h1``: stage ``c * stages + rank``; ``zbv``: always two, stages ``rank`` and ``2 * stages - 1 - rank``).
+    With ``recompute`` activations are recomputed in front of every backward, as an instruction that waits for nothing but its own
+    rank; a framework that recomputes inside backward measures it there and needs no ``recompute``.
+    RequestError for an unknown name and for numbers below one.
     """
     build = SCHEDULES.get(name)
     if build is None:

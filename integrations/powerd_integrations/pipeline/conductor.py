@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import astuple
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from powerd.client import Beats
 
 log = logging.getLogger("powerd.pipeline")
+PREPARE_S = 2.0  # a lease that takes longer is waited for by training on
 RESULT_S = 30.0  # how long a step end waits at most for what the worker was asked a step ago
 
 
@@ -68,7 +70,7 @@ class Conductor:
         self._mending: Future[bool] | None = None
         self._observing: Future[dict[int, Observed]] | None = None
         self._observed: dict[int, Observed] = {}
-        self._expected_s: list[float] = []
+        self._expected_s: list[float | None] = []
         self._kept: list[tuple[Any, ...]] = []
         self._last: tuple[Any, ...] | None = None  # the newest whole step that followed the plan
         self._first = place.pipeline == place.rank == place.tensor == 0
@@ -211,7 +213,8 @@ class Conductor:
     def _talk(self, ran: tuple[Key, ...]) -> None:
         words: dict[str, Any] = {"name": str(self.place), "place": list(astuple(self.place))}
         try:
-            words |= {"ready": self._gpu.ready, **_SAY[self.agreement.state](self, ran)}
+            words |= _SAY[self.agreement.state](self, ran)
+            words["ready"] = self._gpu.ready
         except Exception as error:  # the others must hear of it: they wait for these words
             log.debug("cannot say what the others wait for", exc_info=True)
             words |= {"ready": False, "fatal": f"{type(error).__name__}: {error}"}
@@ -234,6 +237,8 @@ class Conductor:
     def _say_identity(self, ran: tuple[Key, ...]) -> dict[str, Any]:
         if not self._gpu.ready:
             self._prepare()
+            if self._mending is not None and self.agreement.state is State.RECORDING:
+                wait([self._mending], PREPARE_S)
         gpu = self._gpu
         words = {"clocks": list(gpu.clocks_mhz), "gpu": gpu.name, "driver": gpu.driver}
         words["shape"] = str(self._shape() if callable(self._shape) else self._shape)
@@ -256,7 +261,7 @@ class Conductor:
             sheet = None
         if not self._gpu.ready:
             self._prepare()
-        return {"sheet": None if sheet is None else sheet.to_json(), "ready": self._gpu.ready}
+        return {"sheet": None if sheet is None else sheet.to_json()}
 
     def _say_plans(self, ran: tuple[Key, ...]) -> dict[str, Any]:
         if not self._first or self._planned is None or not self._planned.done():
@@ -275,6 +280,8 @@ class Conductor:
             self._observed = {} if done.exception() is not None else done.result()
         ratios: dict[int, list[float]] = {}
         for ((stage, _, _), begin_ns, end_ns), expected_s in zip(step.instructions, self._expected_s, strict=True):
+            if expected_s is None:
+                continue
             ratios.setdefault(stage, []).append((end_ns - begin_ns) / 1e9 / expected_s)
         stages = []
         for stage, all_of in ratios.items():
@@ -282,7 +289,7 @@ class Conductor:
             stages.append([stage, ratio, seen.ceiling_mhz, list(seen.reasons)])
             if ratio > 1.0 + self.options.tolerance and self._observing is None:
                 clocks = self.plan["clocks"][self.place.rank]
-                self._observing = self._worker.submit(lambda: self._gpu.observe(step, clocks))
+                self._observing = self._worker.submit(partial(self._gpu.observe, step, clocks))
         return {"time_s": step.whole_s if self.place.rank == 0 else step.busy_s, "stages": stages}
 
     # -- what is done ---------------------------------------------------------------------------------------------------------
@@ -290,19 +297,17 @@ class Conductor:
     def _perform(self, actions: Sequence[agreed.Action]) -> None:
         for action in actions:
             if isinstance(action, agreed.SetClock):
-                mhz = action.mhz
                 self._kept = []
-                self._worker.submit(lambda mhz=mhz: self._gpu.set_clock(mhz))  # type: ignore[misc]
+                self._worker.submit(partial(self._gpu.set_clock, action.mhz))
             elif isinstance(action, agreed.Measure):
                 kept, self._kept = self._kept, []
-                self._measuring = self._worker.submit(lambda action=action, kept=kept: self._measure(action.mhz, kept))  # type: ignore[misc]
+                self._measuring = self._worker.submit(partial(self._measure, action.mhz, kept))
             elif isinstance(action, agreed.Save):
                 if self.place.local_rank == 0 and self.place.tensor == 0:
                     self._worker.submit(self._save)
             elif isinstance(action, agreed.MakePlan):
                 if self._first:
-                    request = action
-                    self._planned = self._worker.submit(lambda: self._make_plans(request))
+                    self._planned = self._worker.submit(partial(self._make_plans, action))
             elif isinstance(action, agreed.Arm):
                 self._follow(dict(action.plan))
             elif isinstance(action, agreed.Tell):
@@ -341,8 +346,8 @@ class Conductor:
         clocks = plan["clocks"][self.place.rank]
         slow = self.agreement.stages.of(self.place.pipeline)
         expected = planning.expected_s(self.agreement.profile.rows, slow)
-        self._expected_s = [expected.get((s, k, mhz), 0.0) or 1e9 for (s, k, _), mhz in zip(self._expected, clocks, strict=True)]
-        self._arming = self._worker.submit(lambda: self._gpu.arm(plan["id"], clocks, plan["iteration_s"]))
+        self._expected_s = [expected.get((s, k, mhz)) for (s, k, _), mhz in zip(self._expected, clocks, strict=True)]
+        self._arming = self._worker.submit(partial(self._gpu.arm, plan["id"], clocks, plan["iteration_s"]))
         if not self.options.background:
             self._take_beats()
 
@@ -377,7 +382,7 @@ class Conductor:
             return
         self._off = True
         beats, self._beats = self._beats, None
-        self._worker.submit(lambda: self._give_back(beats))
+        self._worker.submit(partial(self._give_back, beats))
 
     def _give_back(self, beats: Beats | None) -> None:
         if beats is not None:

@@ -90,15 +90,13 @@ def check(order: Sequence[RankOrder]) -> None:
             if key in at:
                 raise OrderError(f"rank {rank} ran {text(key)} a second time (first: rank {at[key]})")
             at[key] = rank
-    for stage, kind, microbatch in at:
+    for key, rank in at.items():
+        stage, kind, microbatch = key
         wanted = FORWARD if kind in (BACKWARD, INPUT) else INPUT if kind == WEIGHT else None
         if wanted and (stage, wanted, microbatch) not in at:
-            key = (stage, kind, microbatch)
-            raise OrderError(f"rank {at[key]} ran {text(key)} without {text((stage, wanted, microbatch))}")
+            raise OrderError(f"rank {rank} ran {text(key)} without {text((stage, wanted, microbatch))}")
         if kind == FORWARD and (stage, BACKWARD, microbatch) not in at and (stage, INPUT, microbatch) not in at:
-            raise OrderError(
-                f"rank {at[stage, kind, microbatch]} left out the backward of microbatch {microbatch} on stage {stage}"
-            )
+            raise OrderError(f"rank {rank} left out the backward of microbatch {microbatch} on stage {stage}")
     done: set[Key] = set()
     position = [0] * len(order)
     moved = True

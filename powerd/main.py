@@ -202,7 +202,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
         jobs = JobRoutes(handlers, spans)
-        routes = {**handlers.table(), **jobs.table(), **PlanRoutes(handlers).table()}
+        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **jobs.table()}
         server = Server(clock, routes, rules, lambda: tcp_token)
 
         # powerd-hw

@@ -124,9 +124,7 @@ class FakeClient:
         return (self.uuid,) if self.up else ()
 
     def node(self) -> SimpleNamespace:
-        one = SimpleNamespace(
-            gpu=SimpleNamespace(uuid=self.uuid, name="Fake 80G"), driver_version="580.1", sm_clocks_mhz=CLOCKS
-        )
+        one = SimpleNamespace(gpu=SimpleNamespace(uuid=self.uuid, name="Fake 80G"), driver_version="580.1", sm_clocks_mhz=CLOCKS)
         return SimpleNamespace(gpus=(one,) if self.up else ())
 
     def lease(self, gpus: Sequence[str], **wants: Any) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""Perseus for any pipeline-parallel training framework: records the order, profiles clocks, plans, follows by beats, minds stragglers.
+"""Perseus for any pipeline-parallel training framework: record the order, profile clocks, plan, follow by beats, mind stragglers.
 
 House rules: no framework is imported here; an adapter of a few lines drives one ``Conductor`` per rank.
 
@@ -19,6 +19,7 @@ An adapter makes one conductor per rank and calls, from the thread that trains:
   compared with the second step; without it, or where it is wrong, the recorded order counts.
 - A step without a backward is an evaluation pass and does not count. All ranks must run the same number of training steps.
 - ``client`` is ``powerd.client.Client(on_error="log")``; without a daemon training goes on and the conductor tries again.
+- ``step_abort()`` instead of ``step_end()`` when the step broke off.
 - Stepped simulation gives ``Options(background=False)`` and so has everything done in the calling thread.
 """
 
@@ -30,5 +31,16 @@ from powerd_integrations.pipeline.place import Launch, Place, launch, place_of, 
 from powerd_integrations.pipeline.timing import HostTiming, Timing
 
 __all__ = [
-    "Alone", "Conductor", "Exchange", "HostTiming", "Launch", "Options", "Place", "State", "Timing", "launch", "place_of", "rendezvous",
-]  # fmt: skip
+    "Alone",
+    "Conductor",
+    "Exchange",
+    "HostTiming",
+    "Launch",
+    "Options",
+    "Place",
+    "State",
+    "Timing",
+    "launch",
+    "place_of",
+    "rendezvous",
+]

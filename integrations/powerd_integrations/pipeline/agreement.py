@@ -145,6 +145,10 @@ class Agreement:
         self._at_once = False
 
     @property
+    def _measuring(self) -> bool:
+        return self.state is State.PROFILING and self._current is not None and self._pending is None
+
+    @property
     def keeps(self) -> bool:
         """Whether the step that is about to begin is one that counts for the profile."""
         return self.state is State.PROFILING and self._current is not None and self._steps >= self.options.settle_iterations
@@ -154,13 +158,14 @@ class Agreement:
         self._steps += 1
         if self.state is State.WARMUP:
             self._to(Event.WARM)
-        elif self.state is State.PROFILING and self._current is not None and self.sweep is not None:
-            if self._steps >= self.options.settle_iterations + self.options.iterations_per_clock and self._pending is None:
-                done, self._pending = self._current, self._current
-                self._current = self.sweep.after(done)
-                self._final = self._current is None
-                self._steps = 0
-                return (Measure(done), SetClock(self._current))
+        elif self._steps >= self.options.settle_iterations + self.options.iterations_per_clock and self._measuring:
+            assert self._current is not None
+            assert self.sweep is not None
+            done, self._pending = self._current, self._current
+            self._current = self.sweep.after(done)
+            self._final = self._current is None
+            self._steps = 0
+            return (Measure(done), SetClock(self._current))
         return ()
 
     @property
@@ -217,7 +222,9 @@ class Agreement:
                 return (Tell(f"no clocks can be set for {idle[0]}{_more(idle)}: training goes on, and this is tried again"),)
             return ()
         options = self.options
-        self._clocks = ladder([w["clocks"] for w in said], options.clock_stride, options.lowest_clock_mhz, options.highest_clock_mhz)
+        self._clocks = ladder(
+            [w["clocks"] for w in said], options.clock_stride, options.lowest_clock_mhz, options.highest_clock_mhz
+        )
         if not self._clocks:
             return self.fail("the GPUs of this job have no SM clock in common")
         stages = 1 + max(key[0] for order in self.order for key in order)
@@ -250,7 +257,8 @@ class Agreement:
         return all({(row.stage, row.kind) for row in sheet.rows} == wanted for sheet in profile.sheets.values())
 
     def _hear_profiling(self, said: Sequence[Said]) -> tuple[Action, ...]:
-        assert self.sweep is not None and self._pending is not None
+        assert self.sweep is not None
+        assert self._pending is not None
         if any(not words["ready"] for words in said):
             self._to(Event.UNREADY)
             self._current = self._pending = None

@@ -37,7 +37,7 @@ RESULT_S = 30.0  # how long a step end waits at most for what the worker was ask
 
 
 class Conductor:
-    """See the package's docstring for how an adapter drives it; ``state`` tells where the job stands, ``plan`` what it follows."""
+    """See the package's docstring for how an adapter drives it; ``state`` tells where it stands, ``plan`` what it follows."""
 
     def __init__(
         self,
@@ -81,7 +81,12 @@ class Conductor:
         self._beats: Beats | None = None
         self._step = 0  # as beats count
         self._announced = False
-        self._reset()
+        self._k = 0
+        self._keys: list[Key] = []
+        self._marks: list[Any] = []
+        self._begin_mark: Any = None
+        self._keep = False
+        self._follows = False
 
     # -- what training calls -------------------------------------------------------------------------------------------------
 
@@ -141,6 +146,18 @@ class Conductor:
         except Exception as error:
             self._broken(error)
 
+    def step_abort(self) -> None:
+        """The iteration broke off: the safe clock until the next one begins."""
+        if self._off:
+            return
+        try:
+            if self._beats is not None:
+                self._safe()
+                self._step += 1
+            self._follows = False
+        except Exception as error:
+            self._broken(error)
+
     def close(self) -> None:
         """Training is over: the clocks go back to whoever else has a say. A second call changes nothing."""
         try:
@@ -157,12 +174,8 @@ class Conductor:
     # -- one step -----------------------------------------------------------------------------------------------------------
 
     def _reset(self) -> None:
-        self._k = 0
-        self._keys: list[Key] = []
-        self._marks: list[Any] = []
-        self._begin_mark: Any = None
-        self._keep = False
-        self._follows = False
+        self._k, self._keys, self._marks = 0, [], []
+        self._keep = self._follows = False
 
     def _send(self, step: int, index: int) -> None:
         beats = self._beats
@@ -175,7 +188,9 @@ class Conductor:
         self._follows = False
         self._safe()
         wanted = self._expected[self._k] if self._k < self._length else None
-        self._say_stray(f"{self.place} ran {key[1]} of microbatch {key[2]} on stage {key[0]}, not {wanted or 'the end of the step'}")
+        self._say_stray(
+            f"{self.place} ran {key[1]} of microbatch {key[2]} on stage {key[0]}, not {wanted or 'the end of the step'}"
+        )
 
     def _say_stray(self, text: str) -> None:
         log.log(logging.DEBUG if self._said_stray else logging.WARNING, "powerd: safe clock for this step: %s", text)
@@ -357,7 +372,7 @@ class Conductor:
         before, self._beats = self._beats, beats
         self._announced = False
         if before is not None and before is not beats:
-            before.close()
+            self._worker.submit(before.close)
 
     def _mend(self) -> None:
         """A lease or a beat socket that was lost is asked for again, while training goes on at the daemon's own setting."""

@@ -13,7 +13,7 @@ class Exchange(Protocol):
     """A collective: called by every rank of the job at the same step ends."""
 
     def gather(self, value: Any) -> Sequence[Any]:
-        """Every rank's value, in the same sequence on every rank; waits for them; any exception turns this rank's conducting off."""
+        """Every rank's value, in the same sequence everywhere; waits for them; an exception turns this rank's conducting off."""
 
 
 class Alone:

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 OUTSIDE = "outside"  # between iterations: input, gradient synchronisation, optimizer
 #: Clock event reasons that tell of a GPU that is held back; idle and the clocks that somebody asked for do not.
-HELD_BACK = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake", "board_limit", "reliability")
+HELD_BACK = (
+    "sw_power_cap",
+    "hw_slowdown",
+    "sw_thermal_slowdown",
+    "hw_thermal_slowdown",
+    "hw_power_brake",
+    "board_limit",
+    "reliability",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +99,9 @@ class Gpu:
         if self.ready:
             return True
         if self.uuid is None:
-            found = self.client.guard("finding this rank's GPU", lambda: self.client.resolve("visible"), tuple)
-            if not found:
+            self.uuid = self.client.guard("finding this rank's GPU", lambda: self.client.resolve("visible")[0], str) or None
+            if self.uuid is None:
                 return False
-            self.uuid = found[0]
         if not self.clocks_mhz:
             for capabilities in self.client.node().gpus:
                 if capabilities.gpu.uuid == self.uuid:
@@ -164,7 +171,9 @@ class Gpu:
             held.update(reason for reason in label.clock_event_reasons if reason in HELD_BACK)
             if label.sm_clock_mhz is not None and label.sm_clock_mhz < 0.97 * int(wanted):
                 ceilings.setdefault(stage, []).append(label.sm_clock_mhz)
-        return {stage: Observed(max(ceilings.get(stage, ()), default=None), tuple(sorted(held))) for stage, held in reasons.items()}
+        return {
+            stage: Observed(max(ceilings.get(stage, ()), default=None), tuple(sorted(held))) for stage, held in reasons.items()
+        }
 
     def release(self) -> None:
         """Give the lease back."""

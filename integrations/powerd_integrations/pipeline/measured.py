@@ -42,7 +42,12 @@ class Sheet:
 
     def to_json(self) -> dict[str, Any]:
         """As it travels between ranks."""
-        return {"mhz": self.mhz, "rows": [list(row) for row in self.rows], "blocking_w": self.blocking_w, "blocked_s": self.blocked_s}
+        return {
+            "mhz": self.mhz,
+            "rows": [list(row) for row in self.rows],
+            "blocking_w": self.blocking_w,
+            "blocked_s": self.blocked_s,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Sheet:

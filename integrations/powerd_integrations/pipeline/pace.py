@@ -34,7 +34,7 @@ NORMAL = Slow()
 
 @dataclass
 class Steady:
-    """A figure that counts once it has been told for ``patience`` exchanges in a row, each beyond ``tolerance`` of what counts."""
+    """A figure that counts once ``patience`` exchanges in a row have told it, each beyond ``tolerance`` of what counted."""
 
     value: float
     tolerance: float
@@ -101,7 +101,7 @@ class Stages:
         return {stage: slow for (number, stage), slow in self.slow.items() if number == pipeline}
 
     def tell(self, told: Mapping[tuple[int, int], tuple[float, int | None]]) -> set[int]:
-        """Per (pipeline, stage): measured over *expected* time, and the clock it was cut to, if any; the pipelines that changed."""
+        """Per (pipeline, stage): measured over *expected* time, and the clock it was cut to; the pipelines that changed."""
         changed: set[int] = set()
         for where, (ratio, ceiling_mhz) in sorted(told.items()):
             steady = self._steady.setdefault(where, Steady(1.0, self._tolerance, self._patience))

@@ -9,15 +9,16 @@ stages allow; beside a straggler it is ``T_opt = min(T*, T')`` (Perseus, section
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from powerd.client import Client
+from powerd.errors import UnavailableError
 from powerd_integrations.pipeline.agreement import MakePlan
 from powerd_integrations.pipeline.measured import Row
 from powerd_integrations.pipeline.pace import NORMAL, Slow
-from powerd_integrations.pipeline.recorded import Key, RankOrder
+from powerd_integrations.pipeline.recorded import RankOrder
 
 Plans = list[dict[str, Any]]
 
@@ -34,7 +35,7 @@ def as_it_is(rows: Sequence[Row], slow: Mapping[int, Slow]) -> tuple[Row, ...]:
     goes faster by itself when what holds it back has gone.
     """
     made: list[Row] = []
-    by_work: dict[Key | tuple[int, str], list[Row]] = {}
+    by_work: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         by_work.setdefault((row.stage, row.kind), []).append(row)
     for group in by_work.values():
@@ -52,13 +53,12 @@ def _cut(rows: list[Row], ceiling_mhz: int) -> list[Row]:
     above = [row for row in rows if row.mhz > ceiling_mhz]
     if not above:
         return rows
-    if not below:
-        return [rows[-1]._replace(mhz=rows[0].mhz)]
-    low, high = below[0], above[-1]
-    share = (ceiling_mhz - low.mhz) / (high.mhz - low.mhz)
-    at = [a + (b - a) * share for a, b in ((low.time_s, high.time_s), (low.energy_j, high.energy_j))]
-    cut = low._replace(mhz=rows[0].mhz, time_s=at[0], energy_j=at[1])
-    return [cut, *(row for row in below if row.mhz < ceiling_mhz or len(below) == 1)]
+    low, high = (below or above[-1:])[0], above[-1]
+    share = (ceiling_mhz - low.mhz) / (high.mhz - low.mhz) if below else 0.0
+    time_s, energy_j = (a + (b - a) * share for a, b in ((low.time_s, high.time_s), (low.energy_j, high.energy_j)))
+    # All the same, but a planner shall take the top one.
+    cut = [row._replace(time_s=time_s * (1 + n * 1e-6), energy_j=energy_j * (1 + n * 1e-6)) for n, row in enumerate(above)]
+    return [*cut, *below]
 
 
 def expected_s(rows: Sequence[Row], slow: Mapping[int, Slow]) -> dict[tuple[int, str, int], float]:
@@ -73,28 +73,37 @@ class Planner(Protocol):
         """One plan per pipeline; a PowerdError or ValueError says why there is none."""
 
 
-class _Solver(Protocol):
-    """One pipeline's planning problem, wherever it is solved."""
+class Solver(Protocol):
+    """One pipeline's planning problem, wherever it is solved; answers are OUT.json of powerd_policies.perseus.document."""
 
-    baseline_s: float
+    def fastest_s(self) -> float:
+        """The shortest possible iteration, seconds."""
 
-    def fastest_s(self) -> float: ...
-
-    def at(self, deadline_s: float) -> dict[str, Any]: ...
+    def at(self, deadline_s: float | None) -> dict[str, Any]:
+        """The plan of least energy within the deadline; None: within the time that full clocks take."""
 
 
 class Planning:
     """Deadlines for every pipeline, and plans for these from a solver; the same question is answered once."""
 
-    def __init__(self, rows: Sequence[Row], slowdown: float, name: str, solver: type[_Local] | type[_Daemon], *about: Any) -> None:
-        self._rows, self._slowdown, self._name = tuple(rows), slowdown, name
-        self._make = lambda slow: solver(as_it_is(self._rows, slow), *about)
-        self._solvers: dict[str, _Solver] = {}
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        order: Sequence[RankOrder],
+        slowdown: float,
+        name: str,
+        solver: Callable[[Sequence[Row]], Solver],
+    ) -> None:
+        self._rows, self._order, self._slowdown, self._name = tuple(rows), order, slowdown, name
+        self._make = solver
+        self._solvers: dict[str, Solver] = {}
         self._plans: dict[tuple[str, float], dict[str, Any]] = {}
+        self._usual_s: float | None = None
 
     def plan(self, request: MakePlan) -> Plans:
-        usual_s = self._solver({}).baseline_s * (1.0 + self._slowdown)
-        own_s = [max(usual_s, self._solver(slow).fastest_s()) if slow else usual_s for slow in request.slow]
+        if self._usual_s is None:
+            self._usual_s = float(self._solver({}).at(None)["baseline"]["iteration_time_s"]) * (1.0 + self._slowdown)
+        own_s = [max(self._usual_s, self._solver(slow).fastest_s()) if slow else self._usual_s for slow in request.slow]
         late_s = max([*own_s, *request.straggler_s.values()])
         made: Plans = []
         for pipeline, slow in enumerate(request.slow):
@@ -103,22 +112,36 @@ class Planning:
             made.append(self._at(slow, late_s if others_late else deadline_s))
         return made
 
-    def _solver(self, slow: Mapping[int, Slow]) -> _Solver:
+    def _solver(self, slow: Mapping[int, Slow]) -> Solver:
         key = repr(sorted(slow.items()))
         if key not in self._solvers:
-            self._solvers[key] = self._make(slow)
+            self._solvers[key] = self._make(as_it_is(self._rows, slow))
         return self._solvers[key]
 
     def _at(self, slow: Mapping[int, Slow], deadline_s: float) -> dict[str, Any]:
         question = (repr(sorted(slow.items())), round(deadline_s, 9))
         if question not in self._plans:
-            answer = self._solver(slow).at(deadline_s)
-            self._plans[question] = {"id": f"{self._name}-{len(self._plans) + 1}", **answer}
+            out = self._solver(slow).at(deadline_s)
+            self._plans[question] = {"id": f"{self._name}-{len(self._plans) + 1}", **in_order(out, self._order)}
         return self._plans[question]
 
 
-class _Local:
-    """Solved in this process."""
+def in_order(out: Mapping[str, Any], order: Sequence[RankOrder]) -> dict[str, Any]:
+    """A plan as ranks need it: the clocks of every rank in the order in which it runs, and the figures worth telling."""
+    clocks = {(c["stage"], c["instruction"], c["microbatch"]): c["mhz"] for c in out["clocks"]}
+    return {
+        "deadline_s": float(out["deadline_s"]),
+        "iteration_s": float(out["iteration_time_s"]),
+        "energy_j": float(out["energy_j"]),
+        "lower_bound_j": float(out["lower_bound_j"]),
+        "baseline_s": float(out["baseline"]["iteration_time_s"]),
+        "baseline_j": float(out["baseline"]["energy_j"]),
+        "clocks": [[clocks[key] for key in rank] for rank in order],
+    }
+
+
+class Here:
+    """Solved in this process; needs powerd[plan]."""
 
     def __init__(self, rows: Sequence[Row], order: Sequence[RankOrder], blocking_power_w: float) -> None:
         from powerd_policies.perseus import baselines, dag, profile
@@ -128,72 +151,59 @@ class _Local:
         options = profile.options([profile.Row(r.stage, r.kind, r.mhz, r.time_s, r.energy_j) for r in rows], blocking_power_w)
         self._problem = dag.problem(graph, options, blocking_power_w)
         self._baseline = baselines.max_clock(self._problem)
-        self.baseline_s = self._baseline.iteration_time_s
-        self._order = order
 
     def fastest_s(self) -> float:
         from powerd_policies.perseus import planner
 
-        return planner.fastest(self._problem).iteration_time_s
+        return float(planner.fastest(self._problem).iteration_time_s)
 
-    def at(self, deadline_s: float) -> dict[str, Any]:
-        from powerd_policies.perseus import planner
+    def at(self, deadline_s: float | None) -> dict[str, Any]:
+        from powerd_policies.perseus import document, planner
 
-        made = planner.plan(self._problem, deadline_s)
-        nodes, tables = made.problem.dag.nodes, made.problem.tables
-        clocks = {
-            (node.stage, str(node.kind), node.microbatch): tables[made.problem.table[n]][made.choice[n]].mhz
-            for n, node in enumerate(nodes)
-        }
-        waiting_j = self._problem.blocking_power_w * self._problem.dag.ranks * max(0.0, deadline_s - self._baseline.deadline_s)
-        return {
-            "deadline_s": deadline_s,
-            "iteration_s": made.iteration_time_s,
-            "energy_j": made.energy_j,
-            "lower_bound_j": made.lower_bound_j,
-            "baseline_s": self.baseline_s,
-            "baseline_j": self._baseline.energy_j + waiting_j,
-            "clocks": [[clocks[key] for key in rank] for rank in self._order],
-        }
+        wanted_s = self._baseline.iteration_time_s if deadline_s is None else deadline_s
+        return document.to_json(planner.plan(self._problem, wanted_s), self._baseline)
 
 
-class _Daemon:
+class AtDaemon:
     """Solved by this node's daemon, which has the solver."""
 
     def __init__(self, rows: Sequence[Row], order: Sequence[RankOrder], blocking_power_w: float, client: Client) -> None:
-        self._client, self._order = client, order
+        self._client = client
         self._job = {
             "order": [[list(key) for key in rank] for rank in order],
-            "profile": [{"stage": r.stage, "instruction": r.kind, "frequency": r.mhz, "time": r.time_s, "energy": r.energy_j} for r in rows],
+            "profile_rows": [list(row) for row in rows],
             "blocking_power_w": blocking_power_w,
-        }  # fmt: skip
-        self.baseline_s = float(self._ask("1.0x")["baseline"]["iteration_time_s"])
+        }
 
-    def _ask(self, deadline: str | float) -> dict[str, Any]:
-        return dict(self._client.perseus_plan({**self._job, "deadline": deadline}))
+    def _ask(self, deadline: str) -> dict[str, Any]:
+        out = dict(self._client.perseus_plan({**self._job, "deadline": deadline}))
+        if "clocks" not in out:
+            raise UnavailableError(
+                "the daemon made no plan", hint="install powerd[plan] beside the daemon or in this environment"
+            )
+        return out
 
     def fastest_s(self) -> float:
         return float(self._ask("fastest")["iteration_time_s"])
 
-    def at(self, deadline_s: float) -> dict[str, Any]:
-        answer = self._ask(deadline_s)
-        clocks = {(c["stage"], c["instruction"], c["microbatch"]): c["mhz"] for c in answer["clocks"]}
-        baseline = answer["baseline"]
-        return {
-            "deadline_s": float(answer["deadline_s"]),
-            "iteration_s": float(answer["iteration_time_s"]),
-            "energy_j": float(answer["energy_j"]),
-            "lower_bound_j": float(answer["lower_bound_j"]),
-            "baseline_s": float(baseline["iteration_time_s"]),
-            "baseline_j": float(baseline["energy_j"]),
-            "clocks": [[clocks[key] for key in rank] for rank in self._order],
-        }
+    def at(self, deadline_s: float | None) -> dict[str, Any]:
+        return self._ask("1.0x" if deadline_s is None else f"{deadline_s!r}s")
 
 
 def planning(
-    order: Sequence[RankOrder], rows: Sequence[Row], blocking_power_w: float, slowdown: float, name: str, client: Client, here: bool
+    order: Sequence[RankOrder],
+    rows: Sequence[Row],
+    blocking_power_w: float,
+    slowdown: float,
+    name: str,
+    client: Client,
+    here: bool,
 ) -> Planner:
     """The planner of a job; ``name`` begins the ids of its plans."""
-    if here:
-        return Planning(rows, slowdown, name, _Local, order, blocking_power_w)
-    return Planning(rows, slowdown, name, _Daemon, order, blocking_power_w, client)
+
+    def solver(as_they_are: Sequence[Row]) -> Solver:
+        if here:
+            return Here(as_they_are, order, blocking_power_w)
+        return AtDaemon(as_they_are, order, blocking_power_w, client)
+
+    return Planning(rows, order, slowdown, name, solver)

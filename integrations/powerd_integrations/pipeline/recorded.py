@@ -61,10 +61,14 @@ def agree(told: Sequence[tuple[Place, RankOrder]], derived: Sequence[RankOrder] 
         return Agreed(recorded, False, "the schedule is not known, so the recorded order counts")
     for rank, (mine, promised) in enumerate(zip(recorded, derived, strict=False)):
         if mine != promised:
-            note = f"rank {rank} does not run what its schedule promises ({_difference(mine, promised)}): the recorded order counts"
+            note = (
+                f"rank {rank} does not run what its schedule promises ({_difference(mine, promised)}): the recorded order counts"
+            )
             return Agreed(recorded, False, note)
     if len(derived) != ranks:
-        return Agreed(recorded, False, f"the schedule is of {len(derived)} ranks, the pipeline of {ranks}: the recorded order counts")
+        return Agreed(
+            recorded, False, f"the schedule is of {len(derived)} ranks, the pipeline of {ranks}: the recorded order counts"
+        )
     return Agreed(recorded, True)
 
 
@@ -86,20 +90,22 @@ def check(order: Sequence[RankOrder]) -> None:
             if key in at:
                 raise OrderError(f"rank {rank} ran {text(key)} a second time (first: rank {at[key]})")
             at[key] = rank
-    for stage, kind, microbatch in at:
+    for key, rank in at.items():
+        stage, kind, microbatch = key
         wanted = FORWARD if kind in (BACKWARD, INPUT) else INPUT if kind == WEIGHT else None
         if wanted and (stage, wanted, microbatch) not in at:
-            key = (stage, kind, microbatch)
-            raise OrderError(f"rank {at[key]} ran {text(key)} without {text((stage, wanted, microbatch))}")
+            raise OrderError(f"rank {rank} ran {text(key)} without {text((stage, wanted, microbatch))}")
         if kind == FORWARD and (stage, BACKWARD, microbatch) not in at and (stage, INPUT, microbatch) not in at:
-            raise OrderError(f"rank {at[stage, kind, microbatch]} left out the backward of microbatch {microbatch} on stage {stage}")
+            raise OrderError(f"rank {rank} left out the backward of microbatch {microbatch} on stage {stage}")
     done: set[Key] = set()
     position = [0] * len(order)
     moved = True
     while moved:
         moved = False
         for rank, instructions in enumerate(order):
-            while position[rank] < len(instructions) and all(n in done or n not in at for n in _needs(instructions[position[rank]], last)):
+            while position[rank] < len(instructions) and all(
+                n in done or n not in at for n in _needs(instructions[position[rank]], last)
+            ):
                 done.add(instructions[position[rank]])
                 position[rank] += 1
                 moved = True

@@ -7,6 +7,7 @@ tried again, then left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from powerd_integrations.pipeline.measured import Profile, Sheet, collapse
 
@@ -23,7 +24,9 @@ def ladder(tables: Sequence[Sequence[int]], stride: int, lowest_mhz: int | None,
 class Sweep:
     """Which clock is next; ``take`` tells it what all ranks measured at one."""
 
-    def __init__(self, clocks: Sequence[int], rises: int = 5, profile: Profile | None = None, blocking_power_w: float | None = None) -> None:
+    def __init__(
+        self, clocks: Sequence[int], rises: int = 5, profile: Profile | None = None, blocking_power_w: float | None = None
+    ) -> None:
         self.profile = profile or Profile()
         self._rises = rises
         self._blocking_power_w = blocking_power_w
@@ -75,7 +78,7 @@ class Sweep:
             return False
         watts = self._blocking_power_w or self.profile.blocking_power_w or 0.0
         columns = zip(*([self._energy(sheet, watts) for sheet in told[mhz]] for mhz in reversed(last)), strict=True)
-        return all(all(b > a for a, b in zip(column, column[1:], strict=False)) for column in columns)
+        return all(all(b > a for a, b in pairwise(column)) for column in columns)
 
     def _risen_in_profile(self) -> bool:
         """The same of a kept profile, stage by stage: what ranks measured singly is not kept."""

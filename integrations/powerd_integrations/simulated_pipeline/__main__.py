@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="iterations; with --ask at most so many")
     parser.add_argument("--ask", action="store_true", help="rank 0 reads a line before every step: go, or stop")
     parser.add_argument("--conduct", metavar="JSON", help="let powerd save energy, with these pipeline.Options ({} for the defaults)")
+    parser.add_argument("--baseline", type=int, default=0, metavar="N", help="so many steps before powerd conducts")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--mail", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -86,15 +87,17 @@ def _train(job: Job, options: Options | None, args: argparse.Namespace) -> int:
         if job.world > node.gpus:
             raise ValueError(f"{job.world} ranks need as many GPUs, this node has {node.gpus}")
         mail = Mail(args.mail, args.rank, job.world, clock)
-        if options is not None and clock.scale == 0.0:  # whoever works beside the ranks would hold stepped time
+        rank = Rank(job, args.rank, node, clock, mail)
+        if options is not None and clock.scale == 0.0:  # who works beside the ranks is not waited for in stepped time
             options = replace(options, background=False)
-        rank = Rank(job, args.rank, node, clock, mail, options)
         mail.meet()
         say(ready=args.rank)
         try:
             for number in range(args.steps):
                 if mail.share(("begin", str(number)), 0, _go(args)) != "go":
                     break
+                if options is not None and number == args.baseline:
+                    rank.conduct(options)
                 say(**rank.run_step(number).to_json())
                 if (plan := rank.new_plan()) is not None:
                     say(**plan)

@@ -54,7 +54,7 @@ class Exchange:
 class Rank:
     """One GPU of the job; ``run_step`` is what a framework's training loop calls."""
 
-    def __init__(self, job: Job, rank: int, node: SimNode, clock: Clock, mail: Mail, options: Options | None = None) -> None:
+    def __init__(self, job: Job, rank: int, node: SimNode, clock: Clock, mail: Mail) -> None:
         self.rank, self.pipeline, self.place = rank, rank // job.ranks, rank % job.ranks
         self._node, self._clock, self._mail = node, clock, mail
         self._first = self.pipeline * job.ranks
@@ -63,13 +63,16 @@ class Rank:
         self._waits, self._sends = job.travels(self.place)
         self._kernels = {step: job.kernels(step) for step in self._steps}
         self._told: str | None = None
+        self.conductor: Conductor | None = None
+        self._job = job
         self._context = Context(rank, node=node, name="pipeline-rank")
-        self.conductor = None if options is None else self._conducted(job, options)
 
-    def _conducted(self, job: Job, options: Options) -> Conductor:
+    def conduct(self, options: Options) -> None:
+        """From the next step on powerd conducts this job: what an adapter does for a framework when it is made."""
+        job = self._job
         place = Place(self.pipeline, self.place, 0, job.pipelines, job.ranks, 1, self.rank)
         client = Client(on_error="log", timeout_s=60.0)
-        return Conductor(
+        self.conductor = Conductor(
             place, Exchange(self._mail, self._context), client, uuid=self._node.view(self.rank).uuid.decode(), order=job.order,
             options=options, shape=f"{job.profile} {job.rows}", now_ns=self._clock.now_ns,
         )  # fmt: skip
@@ -110,14 +113,14 @@ class Rank:
         self._mail.gather((round_, "norm"), waiting=self._context.block)
 
     def new_plan(self) -> dict[str, Any] | None:
-        """What the first rank of a pipeline has to tell of the plan that it has just been given, with the profile it rests on."""
+        """What the first rank of a pipeline has to tell of the plan that it has just been given."""
         conductor = self.conductor
         if self.place or conductor is None or conductor.plan is None or conductor.plan["id"] == self._told:
             return None
         self._told, profile = conductor.plan["id"], conductor.agreement.profile
         return {
             "pipeline": self.pipeline, "planned": conductor.plan, "profile": profile.csv(),
-            "blocking_power_w": profile.blocking_power_w,
+            "blocking_power_w": profile.blocking_power_w, "order": [[list(key) for key in rank] for rank in conductor.agreement.order],
         }  # fmt: skip
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """JOB.json and OUT.json: what a person writes about a pipeline and what a plan says back.
 
-House rules: an unknown key is refused with the nearest valid name, a wrong value with its key; energies are of one pipeline with one
-GPU per stage, times data_parallel x tensor_parallel, blocking until the deadline included; the baseline is every GPU at its highest
-clock, within its own iteration time.
+House rules: an unknown key is refused with the nearest valid name, a wrong value with its key; energies are of one pipeline with
+one GPU per stage, times data_parallel x tensor_parallel, blocking until the deadline included; the baseline is every GPU at its
+highest clock, within its own iteration time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from powerd.errors import RequestError
 from powerd_policies.perseus import baselines, dag, profile, schedules
 from powerd_policies.perseus.problem import Instruction, Kind, Order, Plan, Problem
-from powerd_policies.perseus.profile import Row
+from powerd_policies.perseus.profile import NOISE, Row
+
+LIVE_NOISE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class JobFile:
     tensor_parallel: int = 1
     chunks: int = 1
     recompute: bool = False
-    noise: float = profile.NOISE
+    noise: float = NOISE
     order: tuple[tuple[Instruction, ...], ...] | None = None  # recorded; then schedule, stages and microbatches only describe
     switching: Mapping[str, float] | None = None
 
@@ -85,7 +89,7 @@ def parse(content: object, name: str = "the job") -> JobFile:
     """A job from decoded JSON; RequestError naming the key that is unknown, missing or wrong."""
     if not isinstance(content, Mapping):
         raise _bad(f"{name}: a job is a JSON object, not {_type(content)}")
-    _known_keys(content, [f.name for f in fields(JobFile)], name)
+    known_keys(content, [f.name for f in fields(JobFile)], name)
     order = None if content.get("order") is None else _order(content["order"], name)
     for key in ("blocking_power_w", *(() if order is not None else ("schedule", "stages", "microbatches"))):
         if key not in content:
@@ -123,8 +127,11 @@ def load(path: Path) -> tuple[JobFile, tuple[Row, ...]]:
     return job, profile.read(path.parent / job.profile, job.noise)
 
 
-def rows_of(content: object, noise: float = profile.NOISE) -> tuple[Row, ...]:
-    """Profile rows from decoded JSON: objects with the CSV's columns, or lists in their order; checked like a file's."""
+def rows_of(content: object, noise: float = LIVE_NOISE) -> tuple[Row, ...]:
+    """Profile rows from decoded JSON: objects with the CSV's columns, or lists in their order.
+
+    Checked like a file's but for holes and noise: a running job measures what it can, and plans with what it has.
+    """
     if not isinstance(content, Sequence) or isinstance(content, str):
         raise _bad(f"profile_rows is a list of rows, not {_type(content)}")
     rows = []
@@ -138,7 +145,7 @@ def rows_of(content: object, noise: float = profile.NOISE) -> tuple[Row, ...]:
         else:
             raise _bad(f"profile_rows: row {number} is {_type(values)}")
         rows.append(profile.row_of(cells, number, "profile_rows", len(cells)))
-    profile.check(rows, noise)
+    profile.check(rows, noise, holes=False)
     return tuple(rows)
 
 
@@ -153,7 +160,7 @@ def read_json(path: Path) -> object:
 
 
 def deadline_s(text: str | float, baseline_s: float, fastest_s: float) -> float:
-    """``1.05x`` (of the baseline's iteration time), seconds, or ``fastest``, as seconds; RequestError below the shortest possible."""
+    """``1.05x`` (of the baseline's time), seconds, or ``fastest``, as seconds; RequestError below the shortest possible."""
     words = str(text).strip().lower()
     if words == "fastest":
         return fastest_s
@@ -171,8 +178,14 @@ def deadline_s(text: str | float, baseline_s: float, fastest_s: float) -> float:
     return max(wanted_s, fastest_s)
 
 
+def shortest_s(problem: Problem) -> float:
+    """The shortest possible iteration: every instruction as fast as it can be."""
+    least = np.array([min(option.time_s for option in table) for table in problem.tables])
+    return problem.dag.schedule(least[problem.table])[2]
+
+
 def to_json(plan: Plan, baseline: Plan, job: JobFile | None = None) -> dict[str, Any]:
-    """OUT.json of a plan; with ``job`` its energies are those of all its GPUs, and the picture can be drawn from the file alone."""
+    """OUT.json of a plan; with ``job`` its energies are those of all its GPUs, and it can be drawn from the file alone."""
     times = (job or JobFile()).gpus_per_stage
     starts, _, _ = plan.problem.dag.schedule(plan.times_s)
     options = chosen(plan)
@@ -237,11 +250,12 @@ def _order(content: object, name: str) -> tuple[tuple[Instruction, ...], ...]:
 def _switching(content: object, name: str) -> dict[str, float]:
     if not isinstance(content, Mapping):
         raise _bad(f"{name}: switching is an object, not {_type(content)}")
-    _known_keys(content, [f.name for f in fields(Switching)], f"{name}: switching")
+    known_keys(content, [f.name for f in fields(Switching)], f"{name}: switching")
     return {key: _float(value, f"{name}: switching.{key}", least=0.0) for key, value in content.items()}
 
 
-def _known_keys(content: Mapping[Any, Any], valid: Iterable[str], name: str) -> None:
+def known_keys(content: Mapping[Any, Any], valid: Iterable[str], name: str) -> None:
+    """RequestError for a key that is not valid, with the nearest one that is."""
     names = list(valid)
     for key in content:
         if key not in names:

@@ -128,11 +128,12 @@ def by_key(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     return dict(sorted(found.items()))
 
 
-def check(rows: Sequence[Row], noise: float = NOISE) -> None:
+def check(rows: Sequence[Row], noise: float = NOISE, *, holes: bool = True) -> None:
     """Refuse what nobody can have measured, and holes: RequestError naming the row.
 
     Refused: no rows; a clock twice; a constant-time operation with clocks; a row much faster, or with much less power, than its
     neighbours allow; a stage without an instruction that others have; a clock that is missing between others; one clock only.
+    ``noise`` is the share by which a row may contradict its neighbour; without ``holes`` missing stages and clocks are accepted.
     """
     if not rows:
         raise _bad("the profile has no rows")
@@ -149,7 +150,8 @@ def check(rows: Sequence[Row], noise: float = NOISE) -> None:
             if lower.mhz is None:
                 raise _bad(f"{lower}: a row without a clock beside rows with clocks", "a constant-time operation has one row")
             _plausible(higher, lower, noise)
-    _no_holes(groups)
+    if holes:
+        _no_holes(groups)
     if not any(len(group) > 1 for group in groups.values()) and any(row.mhz is not None for row in rows):
         only = next(row for row in rows if row.mhz is not None)
         raise _bad(f"{only}: the profile has one clock only", "a plan chooses between clocks: profile at least two")
@@ -177,13 +179,14 @@ def _no_holes(groups: Mapping[Key, Sequence[Row]]) -> None:
         if missing not in stages:
             raise _bad(f"stage {missing} has no rows, but stages {stages[0]} to {stages[-1]} have")
     clocks = {key: {row.mhz for row in group if row.mhz is not None} for key, group in groups.items() if group[0].mhz is not None}
-    union = set().union(*clocks.values()) if clocks else set()
+    tables = {frozenset(own) for own in clocks.values()}
     for (stage, kind), own in clocks.items():
-        beside = set().union(*(other for (s, _), other in clocks.items() if s == stage))
-        within = {c for c in union if min(own) <= c <= max(own)}
-        wanted = {c for c in beside if c >= min(own)}  # the same GPU: its clocks are there for all its instructions
-        if len(own) * 2 >= len(within):  # else it is another kind of GPU, or was swept in other steps
-            wanted |= within
+        # The same GPU: its clocks are there for all its instructions, up to the highest.
+        wanted = {clock for (s, _), other in clocks.items() if s == stage for clock in other if clock >= min(own)}
+        for other in tables:
+            within = {clock for clock in other if min(own) <= clock <= max(own)}
+            if 2 * len(within & own) >= len(within):  # else it is another kind of GPU, or was swept in other steps
+                wanted |= within
         if gone := wanted - own:
             raise _bad(
                 f"{kind} of stage {stage} has no row at {max(gone)} MHz, which others have",

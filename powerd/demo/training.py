@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from powerd.api import Span
-from powerd.client import Client
 from powerd.demo.children import Child, DemoError
 from powerd.demo.stage import START_S, Stage
 
@@ -102,6 +100,7 @@ class Training:
     here: Stage
     shape: Shape
     child: Child
+    meter: Child
     steps: list[Step] = field(default_factory=list)
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)  # id -> what was told of it
     following: list[str | None] = field(default_factory=list)  # the newest plan of each pipeline
@@ -129,19 +128,18 @@ class Training:
                 return step
         raise DemoError(f"{what}: not within {most} iterations; {self.child.last_words()}")
 
-    def measure(self, steps: Sequence[Step]) -> Measured:
-        """Time and energy of consecutive steps, from powerd's samples; ask when one more step has been made."""
-        span = Span("measured", steps[0].begin_ns, steps[-1].end_ns)
-        found, count = [], len(steps)
-        with Client(self.here.env["POWERD_SOCKET"], timeout_s=30) as client:
-            uuids = {c.gpu.index: c.gpu.uuid for c in client.node().gpus}
-            for gpu in range(self.shape.world):
-                (label,) = (label for label in client.spans(uuids[gpu], [span]).labels if label.label == span.label)
-                if label.energy_j is None or label.low_j is None or label.high_j is None:
-                    raise DemoError(f"GPU {gpu}: no energy was measured")
-                found.append(Energy(label.energy_j, label.low_j, label.high_j).per(count))
+    def measured(self, count: int, name: str) -> Measured:
+        """Make so many steps within energy windows, and one more, in which powerd closes these: its next sample must come."""
+        self.meter.tell(f"begin {name}")
+        self.meter.next(START_S)
+        steps = [self.advance() for _ in range(count)]
+        self.meter.tell("end")
+        self.meter.next(START_S)
+        self.advance()
+        figures = self.meter.next(START_S)["figures"]
         seconds = (steps[-1].end_ns - steps[0].begin_ns) / 1e9 / count
-        return Measured(count, seconds, tuple(found), sum(sum(step.true_j) for step in steps) / count)
+        energy = tuple(_energy(figure, gpu).per(count) for gpu, figure in enumerate(figures))
+        return Measured(count, seconds, energy, sum(sum(step.true_j) for step in steps) / count)
 
     def stop(self) -> None:
         """No further step; returns when all ranks have ended."""
@@ -149,6 +147,13 @@ class Training:
         for _ in range(self.shape.world):
             while "done" not in self.child.next(PATIENCE_S):
                 pass
+
+
+def _energy(figure: dict[str, Any], gpu: int) -> Energy:
+    values = [figure[name] for name in ("energy_j", "low_j", "high_j")]
+    if None in values:
+        raise DemoError(f"GPU {gpu}: no energy was measured")
+    return Energy(*values)
 
 
 def _step(rows: Sequence[dict[str, Any]], shape: Shape) -> Step:
@@ -168,5 +173,7 @@ def start(here: Stage, shape: Shape, options: dict[str, Any], baseline: int, mos
     for _ in range(shape.world):
         if "ready" not in (message := child.next(START_S)):
             raise DemoError(f"a rank began with {message}")
+    meter = here.start("meter", "-m", "powerd.demo.meter", str(shape.world))
+    meter.next(START_S)
     here.go()
-    return Training(here, shape, child)
+    return Training(here, shape, child, meter)

@@ -1,7 +1,7 @@
 """Energy windows around steps of a training run, opened and closed on command: a client of its own, beside the job.
 
-House rules: it uses nothing but powerd.client; on a stepped node it takes part in the clock while it asks, so that a window ends at
-the very moment of the command and its closing sample may come.
+House rules: it uses nothing but powerd.client; on a stepped node it takes part in the clock while it asks, so that a window ends
+at the very moment of the command and its closing sample may come.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from powerd.demo.children import say
 
 
 def main() -> None:
-    """``GPUS``: reads ``begin NAME`` and ``end`` from stdin; answers ``begun``, ``ending`` (the job may go on) and ``figures``."""
+    """``GPUS``: reads ``begin NAME`` and ``end`` from stdin; answers ``begun``, ``ending`` (the job may go on), ``figures``."""
     client, clock = Client(timeout_s=60), from_environment()
     uuids = [c.gpu.uuid for c in sorted(client.node().gpus, key=lambda c: c.gpu.index)][: int(sys.argv[1])]
     say(ready=True)

@@ -66,8 +66,8 @@ def stage(
     with contextlib.ExitStack() as children:
         folder = Path(tempfile.mkdtemp(prefix="pd-demo-"))
         children.callback(shutil.rmtree, folder, ignore_errors=True)
-        # The simulator knows every second measured clock only, so that the error at the others means something. Driver calls take
-        # no time on the sweep's stepped node: their number while programs start differs from run to run, and with it the latencies.
+        # The sweep's simulator knows every second measured clock only, so that the error at the others means something. Driver
+        # calls take no time there: their number while programs start differs from run to run, and with it the latencies.
         stepped = time_mode == "stepped"
         if latency is None:
             latency = 0.0 if stepped else 1.0

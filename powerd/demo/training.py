@@ -40,8 +40,8 @@ class Shape:
     def arguments(self) -> list[str]:
         """As the ranks take it."""
         return [
-            "--stages", ",".join(map(str, self.stages)), "--pipelines", str(self.pipelines), "--microbatches", str(self.microbatches),
-            "--schedule", self.schedule, "--profile", self.profile,
+            "--stages", ",".join(map(str, self.stages)), "--pipelines", str(self.pipelines),
+            "--microbatches", str(self.microbatches), "--schedule", self.schedule, "--profile", self.profile,
         ]  # fmt: skip
 
 
@@ -162,7 +162,8 @@ def _step(rows: Sequence[dict[str, Any]], shape: Shape) -> Step:
     worked = [max(rows[gpu]["worked_ns"] for gpu in shape.gpus(pipeline)) for pipeline in range(shape.pipelines)]
     return Step(
         rows[0]["step"], begin_ns, max(row["end_ns"] for row in rows), tuple((ns - begin_ns) / 1e9 for ns in worked),
-        rows[0]["state"], tuple(rows[gpu]["plan"] for gpu in firsts), tuple((row["end_mj"] - row["begin_mj"]) / 1000 for row in rows),
+        rows[0]["state"], tuple(rows[gpu]["plan"] for gpu in firsts),
+        tuple((row["end_mj"] - row["begin_mj"]) / 1000 for row in rows),
     )  # fmt: skip
 
 

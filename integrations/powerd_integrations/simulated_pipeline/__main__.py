@@ -1,7 +1,7 @@
 """``python -m powerd_integrations.simulated_pipeline``: trains on the simulated node that ``POWERD_SIM_STATE`` names.
 
-House rules: without ``--rank`` it starts one process per GPU and ends them all with itself, as torchrun does; every line on stdout
-is one JSON object; with ``--ask`` nothing begins before a line on stdin says so.
+House rules: without ``--rank`` it starts one process per GPU and ends them all with itself, as torchrun does; every line on
+stdout is one JSON object; with ``--ask`` no step begins before a line on stdin says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="gpt3-175b", help="the node's measured kernels to use")
     parser.add_argument("--steps", type=int, default=10, help="iterations; with --ask at most so many")
     parser.add_argument("--ask", action="store_true", help="rank 0 reads a line before every step: go, or stop")
-    parser.add_argument("--conduct", metavar="JSON", help="let powerd save energy, with these pipeline.Options ({} for the defaults)")
+    parser.add_argument(
+        "--conduct", metavar="JSON", help="let powerd save energy, with these pipeline.Options ({} for the defaults)"
+    )
     parser.add_argument("--baseline", type=int, default=0, metavar="N", help="so many steps before powerd conducts")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--mail", type=Path, help=argparse.SUPPRESS)

@@ -26,7 +26,7 @@ MIXES: Final[dict[str, tuple[tuple[str, float], ...]]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A training job on the GPUs 0, 1, ... of a simulated node; ``rows[s]`` is the profile's stage that virtual stage ``s`` is."""
+    """A training job on the GPUs 0, 1, ... of a simulated node; ``rows[s]`` is the profile's stage for virtual stage ``s``."""
 
     rows: tuple[int, ...] = (0, 2, 5, 7)
     pipelines: int = 1

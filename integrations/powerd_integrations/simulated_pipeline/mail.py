@@ -1,7 +1,7 @@
 """How ranks speak to each other: one Unix datagram socket per rank, every message known to the node's clock.
 
-House rules: a message is counted in flight by its sender and taken off by its receiver, after everybody who may wait for it is
-registered as running, so that stepped time stands still while it travels; a rank that waits does so on the clock and holds nobody.
+House rules: a message is counted in flight by its sender and taken off by its receiver after everybody who may wait for it is
+registered as running, so that stepped time stands still while it travels; a rank that waits does so on the clock, holding nobody.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """One rank: runs its part of the schedule on its GPU, waits for its peers at blocking power, and says how every step went.
 
 House rules: instructions run one at a time in the order of the schedule; the gradient sync at the end of a step waits for the
-slowest pipeline, and its norm for everybody, as in training frameworks; truth (the simulator's energy) is only printed, for scoring.
+slowest pipeline, and its norm for everybody, as in frameworks; truth (the simulator's energy) is only printed, for scoring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from powerd.client import Client
 from powerd.clock import Clock
 from powerd.sim.node import SimNode
 from powerd.sim.workload import Context
-from powerd_integrations.pipeline import Conductor, Options, Place
+from powerd_integrations.pipeline import Conductor, Options, Place, measured
 from powerd_integrations.simulated_pipeline.job import Job
 from powerd_integrations.simulated_pipeline.mail import Mail
+from powerd_policies.perseus import baselines, dag, document, profile
+from powerd_policies.perseus.problem import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,11 @@ class Rank:
         """One iteration of the schedule and its gradient sync."""
         conductor, round_ = self.conductor, str(number)
         begin_ns, begin_mj, busy_s = self._clock.now_ns(), self._node.true_energy_mj(self.rank), 0.0
-        state = plan = None
+        state: str | None = None
+        plan: str | None = None
         if conductor is not None:
             conductor.step_begin()
-            state, plan = str(conductor.state), conductor.plan and str(conductor.plan["id"])
+            state, plan = str(conductor.state), None if conductor.plan is None else str(conductor.plan["id"])
         for step in self._steps:
             key = (step.stage, str(step.kind), step.microbatch)
             for source, before in self._waits.get(step, ()):
@@ -117,11 +121,30 @@ class Rank:
         conductor = self.conductor
         if self.place or conductor is None or conductor.plan is None or conductor.plan["id"] == self._told:
             return None
-        self._told, profile = conductor.plan["id"], conductor.agreement.profile
+        self._told, kept = conductor.plan["id"], conductor.agreement.profile
         return {
-            "pipeline": self.pipeline, "planned": conductor.plan, "profile": profile.csv(),
-            "blocking_power_w": profile.blocking_power_w, "order": [[list(key) for key in rank] for rank in conductor.agreement.order],
+            "pipeline": self.pipeline, "planned": conductor.plan, "profile": kept.csv(),
+            "blocking_power_w": kept.blocking_power_w, "document": self._document(conductor.plan, kept),
         }  # fmt: skip
+
+    def _document(self, plan: Mapping[str, Any], kept: measured.Profile) -> dict[str, Any] | None:
+        """OUT.json of the plan in force, for `powerctl perseus show`; None when a stage is not as profiled."""
+        import numpy as np
+
+        job, watts = self._job, kept.blocking_power_w or 0.0
+        rows = [profile.Row(row.stage, row.kind, row.mhz, row.time_s, row.energy_j) for row in kept.rows]
+        problem = dag.problem(job.graph, profile.options(rows, watts), watts)
+        clocks = dict(zip(itertools.chain(*job.order), itertools.chain(*plan["clocks"]), strict=True))
+        options = [[option.mhz for option in table] for table in problem.tables]
+        try:
+            choice = [options[t].index(clocks[node]) for t, node in zip(problem.table.tolist(), job.graph.nodes, strict=True)]
+        except ValueError:
+            return None
+        made = Plan(problem, np.array(choice), float(plan["deadline_s"]), float(plan["lower_bound_j"]))
+        about = document.JobFile(
+            job.schedule, job.ranks, job.microbatches, None, watts, job.pipelines, 1, job.chunks, job.recompute
+        )
+        return document.to_json(made, baselines.max_clock(problem), about)
 
     def close(self) -> None:
         """Give the GPU back."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import astuple
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from powerd.client import Client
@@ -299,7 +298,7 @@ class Conductor:
             ratios.setdefault(stage, []).append((end_ns - begin_ns) / 1e9 / expected_s)
         stages = []
         for stage, all_of in ratios.items():
-            ratio, seen = median(all_of), self._observed.get(stage, Observed(None, ()))
+            ratio, seen = _telling(all_of), self._observed.get(stage, Observed(None, ()))
             stages.append([stage, ratio, seen.ceiling_mhz, list(seen.reasons)])
             if ratio > 1.0 + self.options.tolerance and self._observing is None:
                 clocks = self.plan["clocks"][self.place.rank]
@@ -405,6 +404,13 @@ class Conductor:
             beats.close()
         self._gpu.release()
         self._timing.close()
+
+
+def _telling(ratios: Sequence[float]) -> float:
+    """Of measured over expected times, the one that tells most of a stage: a ceiling slows only what was to run above it."""
+    ordered = sorted(ratios)
+    low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+    return high if high - 1.0 >= 1.0 - low else low
 
 
 def _nobody(step: int, index: int) -> None:

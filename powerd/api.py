@@ -27,6 +27,7 @@ from powerd.model import (
 #: An older client of the same major version keeps working; header ``Powerd-Api`` on every request and response.
 API_VERSION = (1, 0)
 API_HEADER = "Powerd-Api"
+MAX_BODY_BYTES = 64 * 1024  # of a request, unless its route says more
 FLIGHT_HEADER = "Powerd-Sim-Flight"  # the client counts its messages on a stepped clock
 
 
@@ -372,6 +373,7 @@ class Route:
     query: Mapping[str, str] = field(default_factory=dict)
     many: bool = False  # the response is a JSON array of ``response``
     media: str = "application/json"
+    max_body_bytes: int = MAX_BODY_BYTES
 
 
 ROUTES: tuple[Route, ...] = (
@@ -393,6 +395,8 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/windows", "window_begin", "Begin an energy window", request=WindowBegin, response=WindowView),
     Route("POST", "/v1/windows/{id}/end", "window_end", "End it and answer the energy with its uncertainty",
           response=WindowView, query={"wait": "0: answer at once with a wider interval; default: wait for the closing sample"}),
+    Route("POST", "/v1/energy/spans", "energy_spans", "What each kind of work on one GPU used, after the fact",
+          request=SpansRequest, response=SpansView, max_body_bytes=4 << 20),
     Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
           query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
                  "columns": "comma separated"}),

@@ -81,7 +81,7 @@ class Track:
 
     def __init__(self, errors: SensorErrors | None = None, period_ns: int | None = None) -> None:
         self.errors = errors or SensorErrors()
-        self._period_ns = period_ns
+        self.period_ns = period_ns
         self._late_ns = 0  # by how much samples have lately come off their period
         self.breaks = 0  # times after which nothing is known of what came before
         self.lost = False
@@ -112,9 +112,9 @@ class Track:
             return
         self.lost = False
         previous_ns, self._time_ns = self._time_ns, reading.time_ns
-        if self._period_ns and previous_ns:
+        if self.period_ns and previous_ns:
             # A machine too busy to sample on time may also have been late between the time stamp and the driver's answer.
-            off_ns = min(abs(reading.time_ns - previous_ns - self._period_ns), 2 * self.errors.refresh_ns)
+            off_ns = min(abs(reading.time_ns - previous_ns - self.period_ns), 2 * self.errors.refresh_ns)
             self._late_ns = max(off_ns, self._late_ns * 7 // 8)
         power_mw = reading.power_mw if reading.power_mw is not None else reading.power_average_mw
         if power_mw is not None:

@@ -126,6 +126,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.handlers import Handlers
     from powerd.hwchild import HwChild
     from powerd.hwlink import HwLink
+    from powerd.jobroutes import JobRoutes
     from powerd.leasebook import LeaseBook
     from powerd.leasefile import LeaseFile
     from powerd.log import log
@@ -137,6 +138,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.sinks.store import Store
     from powerd.sockets import bind, lock_state, make_dir
     from powerd.sse import Hub
+    from powerd.trace import EnergySpans
     from powerd.views import lease_view, node_view
     from powerd.windows import EnergyWindows
 
@@ -162,10 +164,13 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         windows = EnergyWindows(clock, round(clocks.NS / config.hw.sample_hz))
         metrics = Metrics() if config.metrics.enabled else None
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
+        spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
         node.listeners.append(windows.observe)
+        node.listeners.append(spans.observe)
         if metrics is not None:
             node.listeners.append(metrics.observe)
             events.listeners.append(lambda event: _count(metrics, event))
+            engine.setpoints.on_set = metrics.was_set
         if store is not None:
             node.listeners.append(store.append)
             events.listeners.append(store.append_event)
@@ -193,7 +198,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         book.on_lease = on_lease
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
-        server = Server(clock, handlers.table(), rules, lambda: tcp_token)
+        jobs = JobRoutes(handlers, spans)
+        server = Server(clock, {**handlers.table(), **jobs.table()}, rules, lambda: tcp_token)
 
         # powerd-hw
         hw_socket = arguments.hw_socket or (run_dir / "hw" / "hw.sock")
@@ -213,6 +219,9 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 if child is not None:
                     child.reload(for_child(new, state_dir))
                 engine.apply_config(new)
+                node.sample_hz = new.hw.sample_hz
+                windows.sampled_every(round(clocks.NS / new.hw.sample_hz))
+                spans.sampled_every(round(clocks.NS / new.hw.sample_hz))
                 reload_error = ""
                 events.add("config_reloaded")
             except ConfigError as error:

@@ -6,10 +6,11 @@ House rules: decisions come from powerd.reconcile alone; an outcome counts only 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from powerd.api import RefusalView
+from powerd.clock import NS
 from powerd.config import LimitsConfig
 from powerd.hw.frames import Desired
 from powerd.lease import Lease
@@ -31,6 +32,7 @@ class Setpoints:
         self.current: Mapping[Key, Setpoint] = {}
         self.outcomes: dict[Key, Outcome] = {}
         self.last_change_by: dict[Key, str] = {}
+        self.on_set: Callable[[Control, float], None] = lambda control, took_s: None  # the driver's own time, once per call
         self._held: Mapping[Key, Held] = {}
         self._asked: dict[Key, tuple[Interval | None, int]] = {}  # the value hw was last told, and in which table
         self._told: frozenset[tuple[str, str, Control]] = frozenset()
@@ -92,6 +94,8 @@ class Setpoints:
         """Take an outcome over; True when it says something new."""
         key = (outcome.uuid, outcome.control)
         before, self.outcomes[key] = self.outcomes.get(key), outcome
+        if outcome.called_ns and (before is None or before.called_ns != outcome.called_ns):  # one call may have many outcomes
+            self.on_set(outcome.control, (outcome.returned_ns - outcome.called_ns) / NS)
         return before is None or (before.verdict, before.requested) != (outcome.verdict, outcome.requested)
 
     def refusals(self, lease_id: str, setpoints: Mapping[Key, Setpoint] | None = None) -> tuple[RefusalView, ...]:

@@ -45,6 +45,12 @@ class EnergyWindows:
         self._unsettled: list[_Window] = []
         self._news: asyncio.Event | None = None
 
+    def sampled_every(self, period_ns: int) -> None:
+        """Samples come at another rate from now on."""
+        self._period_ns = period_ns
+        for track in self._tracks.values():
+            track.period_ns = period_ns
+
     def __len__(self) -> int:
         """How many windows are open."""
         return len(self._open)

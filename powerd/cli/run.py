@@ -37,7 +37,7 @@ from powerd.cli.context import (
     tell_outcomes,
 )
 from powerd.cli.output import emit_json
-from powerd.errors import EXIT_CONFLICT, EXIT_OK, PowerdError, RequestError
+from powerd.errors import EXIT_CONFLICT, EXIT_OK, PowerdError, RequestError, UnavailableError
 
 if TYPE_CHECKING:
     from powerd.api import NodeView
@@ -125,8 +125,10 @@ def run(
     with lease:
         window = _begin(client, list(lease.view.gpus), command[0], job)
         code = run_command(command)
-        _tell_energy(window, node)
+        answered = _tell_energy(window, node)
         held = lease.held
+        with contextlib.suppress(UnavailableError):  # the daemon is away: it sees our end when it is back
+            lease.release(wait_s=10.0 if answered else 0.0)
     if not held:
         note(f"the lease was lost while the command ran: {lease.lost_reason}; its settings were undone early")
     raise typer.Exit(code or (EXIT_CONFLICT if not held else EXIT_OK if granted == EXIT_CONFLICT else granted))
@@ -141,15 +143,17 @@ def _begin(client: Client, gpus: list[str], name: str, job: str | None) -> Energ
         return None
 
 
-def _tell_energy(window: EnergyWindow | None, node: NodeView) -> None:
+def _tell_energy(window: EnergyWindow | None, node: NodeView) -> bool:
+    """Say what the command used; False when the daemon did not answer."""
     if window is None:
-        return
+        return True
     try:
         window.end()
     except PowerdError as error:
         note(f"energy is not known: {error}")
-        return
+        return not isinstance(error, UnavailableError)
     note(energy_line(window, node))
+    return True
 
 
 def energy_line(window: EnergyWindow, node: NodeView) -> str:

@@ -25,6 +25,9 @@ from powerd.api import (
     NodeView,
     QuiesceRequest,
     SnapshotView,
+    Span,
+    SpansRequest,
+    SpansView,
     WantSpec,
     WindowBegin,
     WindowView,
@@ -32,6 +35,7 @@ from powerd.api import (
 from powerd.client import stream as _stream
 from powerd.client.codec import encode, neutral
 from powerd.client.lease import Bounds, Lease, want_specs
+from powerd.client.nodetime import node_now_ns
 from powerd.client.transport import Transport, default_socket
 from powerd.client.window import EnergyWindow
 from powerd.errors import PowerdError, RequestError, UnavailableError
@@ -302,11 +306,11 @@ class Client:
         """Renew the TTL of a lease; LeaseLostError when it has ended."""
         return self._ask(LeaseView, "heartbeat", "POST", f"/v1/leases/{lease_id}/heartbeat", headers=_token(token))
 
-    def lease_release(self, lease_id: str, token: str | None = None) -> LeaseView:
-        """Release a lease; answers when its settings are undone."""
+    def lease_release(self, lease_id: str, token: str | None = None, wait_s: float = 10.0) -> LeaseView:
+        """Release a lease; answers when its settings are undone, UnavailableError after the timeout plus ``wait_s``."""
         self.killpoint("client.release.before")
         return self._ask(
-            LeaseView, "release", "DELETE", f"/v1/leases/{lease_id}", headers=_token(token), timeout_s=self._wait(10.0)
+            LeaseView, "release", "DELETE", f"/v1/leases/{lease_id}", headers=_token(token), timeout_s=self._wait(wait_s)
         )
 
     def _wait(self, wait_s: float) -> float | None:
@@ -341,6 +345,15 @@ class Client:
         return self._ask(
             WindowView, "energy window", "POST", f"/v1/windows/{window_id}/end", query=query, timeout_s=self._wait(10.0)
         )
+
+    def now_ns(self) -> int:
+        """The node's CLOCK_BOOTTIME in nanoseconds, by which spans and steps are stamped; a microsecond, no exchange."""
+        return node_now_ns()
+
+    def spans(self, uuid: str, spans: Sequence[Span], *, wait: bool = True) -> SpansView:
+        """What each kind of work on one GPU used, after the fact; ``wait`` for the sample that closes the last span."""
+        body = SpansRequest(uuid, tuple(spans), wait)
+        return self._ask(SpansView, "energy spans", "POST", "/v1/energy/spans", body, timeout_s=self._wait(10.0))
 
     # -- node ------------------------------------------------------------------------------------------------------------
 

@@ -175,8 +175,11 @@ class Lease:
 
         return self._client.guard("heartbeat", renew, lambda: False) if self._held else False
 
-    def release(self) -> None:
-        """Give it back and return when the settings are undone; a second call, or one after a loss, changes nothing."""
+    def release(self, wait_s: float = 10.0) -> None:
+        """Give it back and return when the settings are undone; a second call, or one after a loss, changes nothing.
+
+        A daemon that does not answer within ``wait_s`` and the client's patience is left: the closed connection tells it.
+        """
         with self._lock:
             first, self._released = not self._released, True
         if not first or not self.id or os.getpid() != self._owner_pid:
@@ -188,7 +191,7 @@ class Lease:
         def give_back() -> None:
             if was_held:
                 try:
-                    view = self._client.lease_release(self.id, self._token)
+                    view = self._client.lease_release(self.id, self._token, wait_s)
                     self._view = view if view.id else self._view
                 except LeaseLostError:
                     pass  # gone already: that is what was asked for

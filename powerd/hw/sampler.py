@@ -20,6 +20,7 @@ from powerd.hw.tables import GpuProcess
 from powerd.model import Health, Reading
 
 _SLOW_NS = NS
+_PROMPT_NS = NS // 100  # beyond it a stamp taken before the read says too little about when it was read
 _HELD_UP_NS = NS // 4  # reads take tens of milliseconds at worst
 _EVERY_TICK_HZ = 5  # at this rate or below no clock is left out
 _LOOK_NS = NS  # how often a lost GPU is looked for
@@ -88,6 +89,9 @@ class Sampler:
         turn = bool(self._tick & 1) or self._clocks is None or self._config.sample_hz <= _EVERY_TICK_HZ
         clocks = turn or self._clock_wanted()
         fast = device.fast(clocks)
+        if (again_ns := self._clock.now_ns()) - now_ns > _PROMPT_NS:
+            # Held up between the stamp and the driver's answer: what it said may belong to any moment of that. Once more.
+            now_ns, fast = again_ns, device.fast(clocks)
         if clocks:
             self._clocks = fast.sm_clock_mhz, fast.clock_event_reasons
         epoch = tracker.epoch

@@ -61,7 +61,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_restore", "counter", "", ("cause",), "Settings put back to baseline, by cause"),
     Metric("powerd_drift", "counter", "", ("control",), "Settings that somebody else changed, by control"),
     Metric("powerd_energy_windows_open", "gauge", "", (), "Open energy windows"),
-    Metric("powerd_nvml_call_seconds", "summary", "seconds", ("function",), "Time spent in NVML calls"),
+    Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
     Metric("powerd_store_errors", "counter", "", (), "Failed rounds of writing to the embedded store"),
@@ -118,7 +118,7 @@ class Metrics(Collector):
     def __init__(self, table: Iterable[Metric] = METRICS) -> None:
         self._table = {metric.name: metric for metric in table}
         self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in self._table}
-        self._calls: dict[tuple[str, ...], tuple[int, float]] = {}
+        self._sets: dict[tuple[str, ...], tuple[int, float]] = {}
         self._sums: dict[str, _GpuSums] = {}
         self._gpus: dict[str, Capabilities] = {}
         self._snapshot: Snapshot | None = None
@@ -167,9 +167,10 @@ class Metrics(Collector):
         for name, value in (("rows", rows), ("dropped", dropped), ("errors", errors), ("size_bytes", size_bytes)):
             self.set(f"powerd_store_{name}", value)
 
-    def nvml_call(self, function: str, count: int, total_s: float) -> None:
-        """The whole number and time of calls of one NVML function since powerd-hw started."""
-        self._calls[(function,)] = (count, total_s)
+    def was_set(self, control: Control | str, took_s: float) -> None:
+        """The driver was told a new value of a control and took so long to return."""
+        count, total_s = self._sets.get((str(control),), (0, 0.0))
+        self._sets[(str(control),)] = (count + 1, total_s + took_s)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge, or a counter that is counted elsewhere; KeyError or ValueError when the table has it not so."""
@@ -202,7 +203,7 @@ class Metrics(Collector):
         for name, metric in self._table.items():
             if metric.kind == "summary":
                 summary = SummaryMetricFamily(name, metric.help, labels=metric.labels)
-                for labels, (count, total) in self._calls.items():
+                for labels, (count, total) in sorted(self._sets.items()):
                     summary.add_metric(labels, count, total)
                 family: Family = summary
             else:

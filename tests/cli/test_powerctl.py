@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from powerd import api
 from powerd.client.codec import decode
@@ -210,6 +211,25 @@ def test_run_tells_when_the_lease_was_lost_meanwhile(daemon: FakeDaemon, tmp_pat
     _, err = child.communicate(timeout=20)
     assert child.returncode == EXIT_CONFLICT, (heard, err)
     assert "the lease was lost while the command ran: panic ended this lease" in err
+
+
+def test_run_ends_as_its_command_did_when_the_daemon_went_away_meanwhile(daemon: FakeDaemon, tmp_path: Path) -> None:
+    async def silence(request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("/end") and request.transport is not None:
+            request.transport.close()
+        await daemon._stop.wait()
+        return web.Response()
+
+    began = tmp_path / "began"
+    script = f"touch {began}; while test -e {began}; do sleep 0.01; done; exit 7"
+    child = shell("--timeout", "0.2", "run", "--gpus", "0", "--sm-clock", "1200MHz", "--", "sh", "-c", script)
+    while not began.exists():
+        time.sleep(0.01)
+    daemon.fault = silence
+    began.unlink()
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 7, err
+    assert "energy is not known" in err
 
 
 def encode(value: object) -> object:

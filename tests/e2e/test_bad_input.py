@@ -460,6 +460,20 @@ def test_a_good_file_at_reload_takes_effect(live: LiveNode, held: Lease) -> None
     assert live.state() == before
 
 
+def test_another_sampling_rate_at_reload_is_the_node_s_and_energy_s_too() -> None:
+    with LiveNode(gpus=1) as live:
+        live.write_config(live.config_text.replace("[hw]\n", "[hw]\nsample_hz = 20\n"))
+        live.reload()
+        assert live.client.node().sample_hz == 20
+        first = live.client.snapshot()
+        wait_for("twenty samples", lambda: live.client.snapshot().seq >= first.seq + 20)
+        last = live.client.snapshot()
+        assert (last.time_ns - first.time_ns) / 1e9 / (last.seq - first.seq) < 0.09, "sampled more often than ten times a second"
+        with live.client.energy("after", live.uuids) as window:
+            wait_for("samples", lambda: live.client.snapshot().seq >= last.seq + 20)
+        assert window.energy_j is not None
+
+
 def test_control_taken_away_at_reload_undoes_every_setting() -> None:
     with LiveNode(gpus=1) as live:
         live.client.lease(live.uuids, power_limit_w=300, reason="until control goes", ttl_s=600, detached=True)

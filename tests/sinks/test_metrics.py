@@ -111,7 +111,8 @@ def test_what_the_daemon_tells_is_on_the_page():
     metrics.drift(Control.SM_CLOCK)
     metrics.leases({LeaseState.ACTIVE: 3, LeaseState.DETACHED: 1})
     metrics.store(rows=10, dropped=2, errors=1, size_bytes=4096)
-    metrics.nvml_call("nvmlDeviceGetPowerUsage", 50, 0.25)
+    metrics.was_set(Control.SM_CLOCK, 0.005)
+    metrics.was_set(Control.SM_CLOCK, 0.25)
     metrics.set("powerd_hw_connected", 1)
     samples = page(metrics)
     assert of(samples, "powerd_build_info", version="1.2.3", simulated="true") == 1
@@ -122,15 +123,15 @@ def test_what_the_daemon_tells_is_on_the_page():
     assert of(samples, "powerd_leases", state="detached") == 1
     assert of(samples, "powerd_leases", state="suspended") == 0
     assert of(samples, "powerd_store_dropped_total") == 2
-    assert of(samples, "powerd_nvml_call_seconds_count", function="nvmlDeviceGetPowerUsage") == 50
-    assert of(samples, "powerd_nvml_call_seconds_sum", function="nvmlDeviceGetPowerUsage") == 0.25
+    assert of(samples, "powerd_set_seconds_count", control="sm_clock") == 2
+    assert of(samples, "powerd_set_seconds_sum", control="sm_clock") == 0.255
 
 
 def test_openmetrics_is_served_when_asked_for_and_parses():
     metrics = Metrics()
     metrics.gpus([capabilities(A, 0)])
     metrics.observe(observed(FULL))
-    metrics.nvml_call("nvmlDeviceGetPowerUsage", 1, 0.1)
+    metrics.was_set(Control.SM_CLOCK, 0.1)
     text, content_type = metrics.render(OPEN)
     assert content_type.startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")

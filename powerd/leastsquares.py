@@ -112,9 +112,7 @@ def fit(rows: Sequence[Row], width: int, *, phase: bool = True, phase_s: float =
     return Fit(power, [t95 * h for h in half], residue)
 
 
-def _bounded(
-    gram: list[list[float]], right: list[float], ridge: list[float], used: Sequence[int], least: float
-) -> list[float]:
+def _bounded(gram: list[list[float]], right: list[float], ridge: list[float], used: Sequence[int], least: float) -> list[float]:
     """The least squares solution with no power below zero: what would be is held there, the rest solved again."""
     x = [0.0] * len(right)
     held: set[int] = set()

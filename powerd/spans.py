@@ -249,9 +249,7 @@ def estimate(uuid: str, spans: Sequence[Span], cut: Cut, errors: SensorErrors) -
             setattr(cut, name, [column[n] for n in keep])
     steps = _counted(cut) if cut.counter else _integrated(cut)
     touching = [s for s in steps if s.last_ns > line.begin_ns and s.first_ns - errors.refresh_ns < line.end_ns]
-    covered_ns = sum(
-        max(0, min(s.last_ns, line.end_ns) - max(s.first_ns, line.begin_ns)) for s in touching
-    )
+    covered_ns = sum(max(0, min(s.last_ns, line.end_ns) - max(s.first_ns, line.begin_ns)) for s in touching)
     if not touching or covered_ns < 0.5 * (line.end_ns - line.begin_ns):
         return _none(line, cut, uuid, "no counter values in this time" if cut.counter else "no power readings in this time")
     gaps = sorted(s.last_ns - s.first_ns for s in touching)

@@ -10,12 +10,11 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from powerd.client import Client, Lease, Span
-from powerd.errors import PowerdError
 from powerd.model import Control
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ log = logging.getLogger("powerd_integrations")
 _NS = 1_000_000_000
 _TICK_S = 0.1  # real time between two looks at whether the process idles
 _BUSY_PERCENT = 30
+_RETRY_NS = 30 * _NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,11 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._lease: Lease | None = None
         self._set_mhz: int | None = None
-        self._since_ns = 0
+        self._set: deque[tuple[int, int | None]] = deque(maxlen=256)  # (since, clock): what was set when
         self._look_ns = 0
-        self._refused = False
+        self._retry_ns = 0
         self.uuids: tuple[str, ...] = ()
         self.clocks_mhz: tuple[int, ...] = ()  # ascending; empty until known, or when nothing can be controlled
-        self.ready = threading.Event()  # what can be known of the node is known
         self.wanted_mhz: int | None = None  # written by the training thread
         self.idle: Idle | None = None  # likewise
         self.lowered = False
@@ -107,8 +106,10 @@ class Keeper:
 
     def _run(self) -> None:
         try:
-            self._learn()
             while True:
+                if not self.uuids and self._may_retry():
+                    with self._quietly("GPUs of this process"):
+                        self._learn()
                 self._wake.wait(_TICK_S)
                 self._wake.clear()
                 ending = self._stop
@@ -123,29 +124,32 @@ class Keeper:
         except Exception as error:
             self._client.warn("training steps", error)
         finally:
-            self.ready.set()
             with contextlib.suppress(Exception):
                 self._follow(None)
 
     @contextlib.contextmanager
-    def _quietly(self, what: str):  # type: ignore[no-untyped-def]
+    def _quietly(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self._client.warn(what, error)
 
+    def _may_retry(self) -> bool:
+        now_ns = self._client.now_ns()
+        if now_ns < self._retry_ns:
+            return False
+        self._retry_ns = now_ns + _RETRY_NS
+        return True
+
     def _learn(self) -> None:
-        try:
-            self.uuids = self._client.resolve(self._gpus)
-            found = [c for c in self._client.node().gpus if c.gpu.uuid in self.uuids]
-            able = found and all(c.controls[Control.SM_CLOCK].available for c in found if Control.SM_CLOCK in c.controls)
-            if able and len(found) == len(self.uuids):
-                common = set(found[0].sm_clocks_mhz).intersection(*(c.sm_clocks_mhz for c in found[1:]))
-                self.clocks_mhz = tuple(sorted(common))
-        except PowerdError as error:
-            self._client.warn("training steps", error)
-        finally:
-            self.ready.set()
+        uuids = self._client.resolve(self._gpus)
+        found = [c for c in self._client.node().gpus if c.gpu.uuid in uuids]
+        if len(found) != len(uuids):
+            return
+        if all(c.controls[Control.SM_CLOCK].available if Control.SM_CLOCK in c.controls else False for c in found):
+            self.clocks_mhz = tuple(sorted(set(found[0].sm_clocks_mhz).intersection(*(c.sm_clocks_mhz for c in found[1:]))))
+        self._retry_ns = 0
+        self.uuids = uuids
 
     def _clock_now(self) -> int | None:
         wanted, idle = self.wanted_mhz, self.idle
@@ -181,38 +185,38 @@ class Keeper:
             lease, self._lease, self._set_mhz = self._lease, None, None
             if lease is not None:
                 lease.release()
+                self._set.append((self._client.now_ns(), None))
             return
         if clock_mhz == self._set_mhz and (self._lease is None or self._lease.held):
             return
         bounds = (None, float(clock_mhz))
         if self._lease is None or not self._lease.held:
-            if self._refused and self._lease is None:
+            if not self.uuids or not self._may_retry():
                 return
+            self._lease, self._set_mhz = None, None
             reason = "training: energy-optimal clock"
-            self._lease = self._client.lease(self._gpus, sm_clock_mhz=bounds, reason=reason, job=self._job, min_dwell_s=0.0)
-            self._refused = not self._lease.held
-            if self._refused:
-                self._lease = None
+            lease = self._client.lease(self.uuids, sm_clock_mhz=bounds, reason=reason, job=self._job, min_dwell_s=0.0)
+            if not lease.held:
+                return
+            self._lease, self._retry_ns = lease, 0
         else:
             self._lease.change(sm_clock_mhz=bounds)
         self._set_mhz = clock_mhz
-        self._since_ns = self._client.now_ns()
+        self._set.append((self._client.now_ns(), clock_mhz))
 
     # -- measuring -------------------------------------------------------------------------------------------------------
 
     def measure(
-        self, clock_mhz: int, begins_ns: Sequence[int], end_ns: int, apart: Sequence[tuple[int, int]]
+        self, clock_mhz: int | None, begins_ns: Sequence[int], end_ns: int, apart: Sequence[tuple[int, int]]
     ) -> tuple[float, float, int] | None:
         """(seconds per step, joules per step, steps) of the steps that ran at this clock, what is ``apart`` left out.
 
         Only to be called by a note. ``None``: this clock did not hold, or the energy is not known.
         """
-        held = self._lease is not None and self._lease.held
-        if not self.uuids or (held and self._set_mhz == clock_mhz and self._since_ns > end_ns):
+        since_ns = self._held_since(clock_mhz, end_ns)
+        if since_ns is None or not begins_ns:
             return None
-        first = 0
-        if held and self._set_mhz == clock_mhz:
-            first = next((n for n, t in enumerate(begins_ns) if t >= self._since_ns + self._settle_ns), len(begins_ns))
+        first = next((n for n, t in enumerate(begins_ns) if t >= since_ns), len(begins_ns))
         steps = len(begins_ns) - first
         if 3 * steps < len(begins_ns) or not steps:
             return None
@@ -220,6 +224,17 @@ class Keeper:
         energy_j = self.energy_j(spans)
         time_s = sum(e - b for b, e in spans) / _NS
         return None if energy_j is None or time_s <= 0 else (time_s / steps, energy_j / steps, steps)
+
+    def _held_since(self, clock_mhz: int | None, end_ns: int) -> int | None:
+        """Since when this clock (None: the GPU's own) held at this moment, settling included; ``None``: it did not."""
+        since_ns, clock = next(
+            ((since, clock) for since, clock in reversed(self._set) if since < end_ns), (-self._settle_ns, None)
+        )
+        if clock is None and clock_mhz is not None and clock_mhz == self.clocks_mhz[-1]:
+            clock = clock_mhz  # nobody has set anything: the top clock is what runs
+        if clock is not None and self._lease is not None and not self._lease.held:
+            return None
+        return since_ns + self._settle_ns if clock == clock_mhz else None
 
     def energy_j(self, spans: Sequence[tuple[int, int]]) -> float | None:
         """Joules of this process's GPUs in these stretches of time; ``None``: not known."""

@@ -1,12 +1,12 @@
 """Online search for the SM clock of least energy within an allowed slowdown, from blocks of real training steps.
 
-House rules: pure and deterministic, so that every rank that is told the same takes the same decision; a clock is only ever compared
-with blocks at the top clock just before and after it, so that slow drift cancels; what cannot be told from noise is not a gain.
+House rules: pure and deterministic, so that every rank that is told the same takes the same decision; a clock is only ever
+compared with blocks at the top clock just before and after it, so that slow drift cancels; what noise could be is no gain.
 
 The search goes from the top clock downward. A clock of top / (1 + slowdown) can be no slower than allowed, since time grows at
-most as 1 / clock: it comes first. What it tells of the share of time that follows the clock says how far down to go next. When the
-bound or rising energy is met, local fits through all measurements near the best clock say which to measure again, until the choice
-is as sure as asked for.
+most as 1 / clock: it comes first. What it tells of the share of time that follows the clock says how far down to go next. Where
+the bound or rising energy is met, intervals are halved, and then local fits through all measurements near the best clock say
+which to measure again, until the choice is as sure as asked for.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Search:
         return trial
 
     def report(self, number: int, time_s: float | None, energy_j: float | None) -> None:
-        """Seconds and joules per step of a proposed block; ``None`` when it could not be measured. Unknown numbers are ignored."""
+        """Seconds and joules per step of a block; ``None`` when it could not be measured; unknown numbers are ignored."""
         trial = self._open.pop(number, None)
         if trial is None:
             return
@@ -328,9 +328,7 @@ def _local(points: Sequence[tuple[float, float]], at: float, window: float, nois
         weights.append((w, u))
         s0, s1, s2, y0, y1 = s0 + w, s1 + w * u, s2 + w * u * u, y0 + w * y, y1 + w * u * y
     det = s0 * s2 - s1 * s1
-    if det <= 1e-9 * max(1.0, s0 * s2):  # all at one clock
-        gains = [w / s0 for w, _ in weights]
-    else:
-        gains = [w * (s2 - s1 * u) / det for w, u in weights]
+    level = det <= 1e-9 * max(1.0, s0 * s2)  # all at one clock
+    gains = [w / s0 if level else w * (s2 - s1 * u) / det for w, u in weights]
     value = sum(g * y for g, (_, y) in zip(gains, points, strict=True))
     return _Fit(value, noise * math.sqrt(sum(g * g for g in gains)))

@@ -7,17 +7,20 @@ the same decision at the same step; whoever cannot measure makes everybody stay 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from powerd_integrations.search import Search, SearchState, Trial
 
-_NS = 1_000_000_000
-_CALM = 8  # a settled search looks at blocks this many times as long
-
 #: (block number, seconds per step, joules per step of this rank); NaN: could not be measured
 Measure = tuple[int, float, float]
+
+_NS = 1_000_000_000
+_NOTHING: Measure = (-1, math.nan, math.nan)
+_CALM = 8  # a settled search looks at blocks this many times as long
+
 #: What every rank says, in the order of ranks; called by all ranks at the same step.
 Exchange = Callable[[list[float]], Sequence[Sequence[float]]]
 
@@ -55,9 +58,8 @@ class Tuner:
         self._begins: list[int] = []
         self._steps_per_block = 0  # 0: still warming up
         self._block: Block | None = None
-        self._mine: dict[int, Measure] = {}  # measured here, not yet told
+        self._mine: deque[Measure] = deque()  # measured here, not yet told; another thread appends
         self._heard: dict[int, dict[int, Measure]] = {}
-        self._told: list[Measure] = []
 
     @property
     def clock_mhz(self) -> int:
@@ -66,8 +68,7 @@ class Tuner:
 
     def measured(self, number: int, time_s: float | None, energy_j: float | None) -> None:
         """What a finished block took on this rank, per step; may come at any time before or after the next block's end."""
-        nothing = not time_s or not energy_j
-        self._mine[number] = (number, math.nan, math.nan) if nothing else (number, float(time_s or 0), float(energy_j or 0))
+        self._mine.append((number, time_s or math.nan, energy_j or math.nan))
 
     def spoil(self) -> None:
         """The present block is no measurement any more."""
@@ -108,10 +109,7 @@ class Tuner:
 
     def _hear(self) -> None:
         """Tell one measured block, hear one of every rank, and report those that all ranks have told."""
-        mine = min(self._mine.values(), default=None)
-        if mine is not None:
-            del self._mine[mine[0]]
-        said = self._exchange([-1.0, 0.0, 0.0] if mine is None else [float(mine[0]), mine[1], mine[2]])
+        said = self._exchange(list(map(float, self._mine.popleft() if self._mine else _NOTHING)))
         for rank, (number, time_s, energy_j) in enumerate(said):
             if number >= 0:
                 self._heard.setdefault(int(number), {})[rank] = (int(number), time_s, energy_j)

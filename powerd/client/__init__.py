@@ -11,9 +11,10 @@ a lease dies with the process that holds it.
     print(window.energy_j)
 """
 
+from powerd.api import Span
 from powerd.client.core import Client
 from powerd.client.lease import Lease
 from powerd.client.transport import default_socket
 from powerd.client.window import EnergyWindow
 
-__all__ = ["Client", "EnergyWindow", "Lease", "default_socket"]
+__all__ = ["Client", "EnergyWindow", "Lease", "Span", "default_socket"]

@@ -40,11 +40,20 @@ class Keeper:
     """Holds one clock on this process's GPUs and measures what blocks of work took, both in the background."""
 
     def __init__(
-        self, client: Client, gpus: Which, *, job: str, idle_clock_mhz: int | None, idle_after_s: float, settle_s: float = 0.02
+        self,
+        client: Client,
+        gpus: Which,
+        *,
+        job: str,
+        idle_clock_mhz: int | None,
+        idle_after_s: float,
+        silence_s: float,
+        settle_s: float = 0.02,
     ) -> None:
         self._client, self._gpus, self._job = client, gpus, job
         self._idle_clock_mhz, self._idle_after_ns = idle_clock_mhz, round(idle_after_s * _NS)
-        self._settle_ns = round(settle_s * _NS)
+        self._settle_ns, self._silence_ns = round(settle_s * _NS), round(silence_s * _NS)
+        self._life_ns = 0
         self._notes: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stop = False
@@ -73,6 +82,10 @@ class Keeper:
         if action is not None:
             self._notes.append(action)
         self._wake.set()
+
+    def note_life(self, now_ns: int) -> None:
+        """Training goes on."""
+        self._life_ns = now_ns
 
     def want(self, clock_mhz: int | None) -> None:
         """The highest clock from now on; ``None``: the GPU's own business again."""
@@ -152,12 +165,14 @@ class Keeper:
         self.uuids = uuids
 
     def _clock_now(self) -> int | None:
-        wanted, idle = self.wanted_mhz, self.idle
+        wanted, idle, now_ns = self.wanted_mhz, self.idle, self._client.now_ns()
         low = self._low_clock()
+        if now_ns - self._life_ns > self._silence_ns:
+            self.lowered = False
+            return None
         if idle is None or low is None:
             self.lowered = False
             return wanted
-        now_ns = self._client.now_ns()
         if now_ns - idle.since_ns < self._idle_after_ns:
             return wanted if not self.lowered else low
         if not idle.sure and not self._gpu_idles(now_ns):

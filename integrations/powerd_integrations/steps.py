@@ -59,6 +59,7 @@ class StepOptions:
     warmup_steps: int = 5  # at first, not measured
     idle_after_s: float = 1.0  # shorter waits change nothing
     idle_clock_mhz: int | None = None  # None: a third of the top clock
+    silence_s: float = 300.0  # no step for so long: whoever trained has gone, and the GPU gets its clock back
     exchange: Exchange | None = None  # None: torch.distributed where it is initialised
 
 
@@ -91,16 +92,17 @@ class Steps:
         self._keeper = Keeper(
             self._client, self.options.gpus, job=self.options.job,
             idle_clock_mhz=self.options.idle_clock_mhz, idle_after_s=self.options.idle_after_s,
+            silence_s=self.options.silence_s,
         )  # fmt: skip
         self._exchange: Exchange | None = None
         self._tuner = self._tuner_for(())
         self._next_talk = max(1, self.options.warmup_steps) if self.options.search else 0
         self._started = False
         self._pid = os.getpid()
-        self._in_step = False
-        self._apart: deque[tuple[int, int]] = deque(maxlen=64)
-        self._idle_since: tuple[str, int] | None = None
+        self._spans_apart: deque[tuple[int, int]] = deque(maxlen=64)
+        self._apart_since: tuple[str, int] | None = None
         self._lock = threading.Lock()
+        self._at_close: list[Callable[[], object]] = []
         self.steps = 0  # begun
         self.measured_steps = 0
         self.measured_s = 0.0
@@ -148,9 +150,11 @@ class Steps:
         if not self._started:
             self._start()
         now_ns = self._client.now_ns()
-        if self._idle_since is None and self._keeper.idle is not None:
+        if self._apart_since is not None:
+            self._close_apart(now_ns)
+        if self._keeper.idle is not None:
             self._keeper.end_idle()
-        self._in_step = True
+        self._keeper.note_life(now_ns)
         self.steps += 1
         if self.steps == self._next_talk:
             self._talk()
@@ -159,46 +163,79 @@ class Steps:
     @_quiet
     def end(self) -> None:
         """The training step is over."""
-        self._in_step = False
-        if self._idle_since is None:
-            self._keeper.idle = Idle("input", self._client.now_ns(), sure=False)
+        if self._apart_since is None:
+            now_ns = self._client.now_ns()
+            self._keeper.note_life(now_ns)
+            self._keeper.idle = Idle("input", now_ns, sure=False)
 
     @_quiet
     def failed(self, error: BaseException | None = None) -> None:
         """An exception leaves a step: the GPU gets its clock back now; the next step goes on as if nothing had been."""
-        self._in_step = False
-        self._idle_since = None
+        self._apart_since = None
         self._tuner.spoil()
         self._keeper.reset(wait_s=2.0)
         log.info("powerd: clocks reset after %s", type(error).__name__ if error is not None else "an exception")
 
-    # -- idling ----------------------------------------------------------------------------------------------------------
+    # -- what is no step -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def idle(self, label: str) -> Iterator[None]:
         """``with steps.idle("checkpoint"): ...``: nothing is computed on the GPU; short idling changes nothing."""
-        self.begin_idle(label)
+        self.begin_apart(label, idle=True)
         try:
             yield
         finally:
-            self.end_idle()
+            self.end_apart()
+
+    @contextmanager
+    def apart(self, label: str) -> Iterator[None]:
+        """``with steps.apart("evaluation"): ...``: work that is no step; it is not counted and the clock stays."""
+        self.begin_apart(label, idle=False)
+        try:
+            yield
+        finally:
+            self.end_apart()
 
     @_quiet
-    def begin_idle(self, label: str) -> None:
-        """From here on nothing is computed on the GPU."""
+    def begin_apart(self, label: str, *, idle: bool) -> None:
+        """From here on no step is made, until ``end_apart`` or the next step; ``idle``: nothing is computed at all."""
         if not self._started:
             self._start()
         now_ns = self._client.now_ns()
-        self._idle_since = (label, now_ns)
-        self._keeper.idle = Idle(label, now_ns)
+        self._close_apart(now_ns)
+        self._apart_since = (label, now_ns)
+        self._keeper.note_life(now_ns)
+        if idle:
+            self._keeper.idle = Idle(label, now_ns)
+        else:
+            self._keeper.end_idle()
 
     @_quiet
-    def end_idle(self) -> None:
-        """Work goes on."""
-        since, self._idle_since = self._idle_since, None
+    def end_apart(self) -> None:
+        """Steps go on."""
+        now_ns = self._client.now_ns()
+        self._close_apart(now_ns)
         self._keeper.end_idle()
+        self._keeper.note_life(now_ns)
+
+    def _close_apart(self, now_ns: int) -> None:
+        since, self._apart_since = self._apart_since, None
         if since is not None:
-            self._apart.append((since[1], self._client.now_ns()))
+            self._spans_apart.append((since[1], now_ns))
+
+    @_quiet
+    def finish(self) -> None:
+        """Training is over for now: the GPU gets its clock back. Another step begins anew with what is known."""
+        now_ns = self._client.now_ns()
+        self._close_apart(now_ns)
+        self._tuner.spoil()
+        if self._started:
+            self._keeper.reset(wait_s=2.0)
+
+    @_quiet
+    def on_close(self, action: Callable[[], object]) -> None:
+        """Do this too when it is closed."""
+        self._at_close.append(action)
 
     @_quiet
     def close(self) -> None:
@@ -207,6 +244,8 @@ class Steps:
             self._keeper.close()
         self._dead = True
         atexit.unregister(self.close)
+        for action in self._at_close:
+            action()
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 
@@ -242,7 +281,7 @@ class Steps:
         before = search.state
         block = tuner.begin_step(now_ns)
         if block is not None:
-            apart = tuple(self._apart)
+            apart = tuple(self._spans_apart)
             self._keeper.note(lambda: self._measure(tuner, block, apart))
         if self.searching_among:
             at_top = search.state is not SearchState.SEARCHING and tuner.clock_mhz == search.top

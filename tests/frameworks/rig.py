@@ -29,7 +29,7 @@ def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping
         base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     started = []
     for rank in range(ranks):
-        own = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else base
+        own = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {**base, "CUDA_VISIBLE_DEVICES": "0"}
         argv = [str(torch_python()), str(JOBS / f"{name}.py"), *words]
         started.append(
             subprocess.Popen(argv, env=own, cwd=live.root, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -175,6 +175,7 @@ class Handlers:
         for lease in self.engine.leases.values():
             counts[lease.state] = counts.get(lease.state, 0) + 1
         self.metrics_page.leases(counts)
+        self.metrics_page.plans(len(self.engine.plans), self.engine.plans.beats, self.engine.plans.switches)
         self.metrics_page.gpus(self.node.capabilities.values())
         view = self.node_view()
         for name, value in (

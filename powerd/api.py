@@ -283,7 +283,7 @@ class JobStep:
     begin_ns: int  # CLOCK_BOOTTIME of the node
     end_ns: int
     gpus: tuple[str, ...]
-    plan: str | None = None  # id of the clock plan in force
+    plan: str | None = None  # id of the clock plan in force; "baseline": full clock, to compare with; "profile": a sweep
     energy_j: float | None = None
     clock_mhz: float | None = None  # time-weighted mean
 
@@ -295,8 +295,10 @@ class JobEvent:
     kind: str
     rank: int = 0
     steps: tuple[JobStep, ...] = ()  # of kind step; several at once
-    step: int | None = None  # restore: the step that training goes on from
+    step: int | None = None  # restore: the last step that is kept
     detail: str = ""
+    time_ns: int | None = None  # CLOCK_BOOTTIME of what happened; None: when it arrived
+    energy_j: float | None = None  # checkpoint_end: what the checkpoint used
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +317,12 @@ class JobView:
     saving_fraction: float | None  # against the job's own steps at full clock; None: not measured
     plan: str | None
     gpus: tuple[str, ...]
+    unmeasured_steps: int = 0  # whose energy is not known: in no sum
+    checkpoints: int = 0
+    checkpoint_time_s: float = 0.0
+    checkpoint_energy_j: float | None = None
+    exceptions: int = 0
+    last_detail: str = ""  # of the newest exception, end or note
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,6 +412,12 @@ ROUTES: tuple[Route, ...] = (
           response=WindowView, query={"wait": "0: answer at once with a wider interval; default: wait for the closing sample"}),
     Route("POST", "/v1/energy/spans", "energy_spans", "What each kind of work on one GPU used, after the fact",
           request=SpansRequest, response=SpansView, max_body_bytes=4 << 20),
+    Route("GET", "/v1/jobs", "jobs", "Training jobs the caller may see, newest first", response=JobView, many=True),
+    Route("GET", "/v1/jobs/{job}", "job", "One job", response=JobView),
+    Route("POST", "/v1/jobs/{job}/events", "job_event", "What a job's rank reports of itself", request=JobEvent, response=Ack,
+          max_body_bytes=1 << 20),
+    Route("POST", "/v1/perseus/plan", "perseus_plan", "Plan a pipeline's clocks: a job with its profile rows in, a plan out",
+          max_body_bytes=8 << 20),
     Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
           query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
                  "columns": "comma separated"}),

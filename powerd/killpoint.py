@@ -50,7 +50,6 @@ KILL_POINTS: tuple[str, ...] = (
     "client.attached",
     "client.wants.changed",
     "client.plan.armed",
-    "client.beat.sent",
     "client.release.before",
 )
 

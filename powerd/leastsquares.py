@@ -73,8 +73,11 @@ def _variances(matrix: list[list[float]]) -> list[float]:
     return out
 
 
-def fit(rows: Sequence[Row], width: int, *, phase: bool = True, phase_s: float = 0.03) -> Fit:
-    """Powers of ``width`` labels; with ``phase`` their errors include that of a common delay of all edges (``phase_s``)."""
+def fit(rows: Sequence[Row], width: int, *, phase: bool = True, phase_s: float = 0.03, each: float = 1.0) -> Fit:
+    """Powers of ``width`` labels; with ``phase`` their errors include that of a common delay of all edges (``phase_s``).
+
+    ``each``: so many rows tell one thing, because they overlap.
+    """
     total_j, total_s = sum(r.energy_j for r in rows), sum(r.seconds for r in rows)
     if not rows or total_s <= 0:
         return Fit([0.0] * width, [math.inf] * width, math.inf)
@@ -100,7 +103,7 @@ def fit(rows: Sequence[Row], width: int, *, phase: bool = True, phase_s: float =
     if not phase:
         return Fit([mean_w + v for v in x], [], residue)
     # One observation's worth of belief about the noise before any residue: edges are off by some milliseconds.
-    freedom = max(0, len(rows) - len(used)) + 1
+    freedom = max(0, round(len(rows) / each) - len(used)) + 1
     typical_s = total_s / len(rows)
     variance = (residue + 2 * (mean_w * _JITTER_S) ** 2 / typical_s) / freedom
     spread_w = max(mean_w, _LEAST_W)
@@ -112,9 +115,7 @@ def fit(rows: Sequence[Row], width: int, *, phase: bool = True, phase_s: float =
     return Fit(power, [t95 * h for h in half], residue)
 
 
-def _bounded(
-    gram: list[list[float]], right: list[float], ridge: list[float], used: Sequence[int], least: float
-) -> list[float]:
+def _bounded(gram: list[list[float]], right: list[float], ridge: list[float], used: Sequence[int], least: float) -> list[float]:
     """The least squares solution with no power below zero: what would be is held there, the rest solved again."""
     x = [0.0] * len(right)
     held: set[int] = set()

@@ -127,6 +127,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.hwchild import HwChild
     from powerd.hwlink import HwLink
     from powerd.jobroutes import JobRoutes
+    from powerd.jobs import JobTable
     from powerd.leasebook import LeaseBook
     from powerd.leasefile import LeaseFile
     from powerd.log import log
@@ -138,6 +139,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
     from powerd.sockets import bind, lock_state, make_dir
+    from powerd.solver_child import Solver
     from powerd.sse import Hub
     from powerd.trace import EnergySpans
     from powerd.views import lease_view, node_view
@@ -166,6 +168,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         metrics = Metrics() if config.metrics.enabled else None
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
         spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
+        jobs = JobTable(store.append_job if store is not None else lambda record: None)
         node.listeners.append(windows.observe)
         node.listeners.append(spans.observe)
         if metrics is not None:
@@ -201,8 +204,10 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         engine.plans.on_plan = attach.plan_changed
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
-        jobs = JobRoutes(handlers, spans)
-        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **jobs.table()}
+        solver = Solver(clock)
+        job_routes = JobRoutes(handlers, spans, jobs, solver)
+        handlers.count_jobs = job_routes.count
+        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table()}
         server = Server(clock, routes, rules, lambda: tcp_token)
 
         # powerd-hw
@@ -248,6 +253,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload)
         engine.start()
+        if store is not None:
+            await _load_jobs(jobs, store, clock)
         attach.start()
         await server.start(api_socket, config.tcp)
         work: list[Coroutine[Any, Any, None]] = [engine.run(), link.run()]
@@ -276,6 +283,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             notify("STOPPING=1")
             engine.stop(restore=child is not None)
             attach.stop()
+            solver.stop()
             await server.stop()
             for task in tasks:
                 task.cancel()
@@ -293,6 +301,13 @@ def _count(metrics: Any, event: Event) -> None:
         metrics.drift(event.subject or "")
     elif event.kind == "restored":
         metrics.restored(str(event.data.get("cause") or ""))
+
+
+async def _load_jobs(jobs: Any, store: Any, clock: Clock) -> None:
+    """What an earlier daemon stored of jobs; a store that cannot be read is its own trouble."""
+    with clocks.standing(clock), contextlib.suppress(UnavailableError):
+        rows, steps = await asyncio.to_thread(store.jobs)
+        jobs.load(rows, steps, clock.now_ns(), clock.wall_ns())
 
 
 async def _has_gpu(node: Any, clock: Clock, wait_s: float = 10.0) -> bool:

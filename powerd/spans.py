@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from powerd.api import LabelEnergy, Span, SpansView
 from powerd.clock import NS
@@ -24,6 +25,7 @@ MAX_LABEL = 64  # characters
 BETWEEN = ""  # the label of what no span covers
 _EARLY_NS = 10_000_000  # by so much a value may be younger than its sample's stamp: the stamp is taken before the driver answers
 _PERIODS_NS = (100_000_000, 50_000_000, 33_333_333, 25_000_000, 20_000_000)  # refresh periods that are tried
+_WINDOWS_NS = (25_000_000, 100_000_000, 1_000_000_000)  # over which a power reading may be a mean
 _SEARCH_ROWS = 400  # intervals that choose the phase; all of them are fitted then
 _COARSE = 20  # phases of one period that are tried, then twice as many more around the best
 _SHARE = 0.1  # a clock event reason is told when this share of a label's samples showed it
@@ -142,17 +144,13 @@ def _counted(cut: Cut) -> list[_Step]:
     return steps
 
 
-def _integrated(cut: Cut) -> list[_Step]:
-    """A power reading tells of the time since the one before."""
-    steps: list[_Step] = []
-    last_ns: int | None = None
-    for time_ns, power_mw in zip(cut.time_ns, cut.power_mw, strict=True):
-        if power_mw < 0:
-            continue
-        if last_ns is not None:
-            steps.append(_Step(last_ns, time_ns, power_mw / 1000 * (time_ns - last_ns) / NS))
-        last_ns = time_ns
-    return steps
+def _averaged(cut: Cut, window_ns: int) -> list[_Step]:
+    """A power reading is a mean over a window before it."""
+    return [
+        _Step(time_ns - window_ns, time_ns, power_mw / 1000 * window_ns / NS)
+        for time_ns, power_mw in zip(cut.time_ns, cut.power_mw, strict=True)
+        if power_mw >= 0
+    ]
 
 
 def _constant(age_ns: float) -> _Place:
@@ -173,29 +171,48 @@ def _rows(steps: Sequence[_Step], place: _Place, line: Timeline) -> list[Row]:
     return rows
 
 
-def _search(steps: Sequence[_Step], line: Timeline, reach_ns: int) -> tuple[_Place, float]:
-    """Where counter values belong: the age or refresh phase with the smallest residue, and the width of what was tried."""
+def _score(steps: Sequence[_Step], line: Timeline) -> Callable[[_Place], float]:
+    """How badly looks at these places fit, by as many of the steps as are worth the time."""
     stride = max(1, len(steps) // _SEARCH_ROWS)
     some = [step for n, step in enumerate(steps) if n % stride == 0]
+    return lambda place: fit(_rows(some, place, line), line.width, phase=False).residue
 
-    def residue(place: _Place) -> float:
-        return fit(_rows(some, place, line), line.width, phase=False).residue
 
-    def best(make: Callable[[float], _Place], low: float, high: float) -> tuple[float, float]:
-        step = (high - low) / _COARSE
-        score, at = min((residue(make(low + (n + 0.5) * step)), low + (n + 0.5) * step) for n in range(_COARSE))
-        for _ in range(2):
-            step /= 4
-            score, at = min((score, at), *((residue(make(at + n * step)), at + n * step) for n in (-3, -2, -1, 1, 2, 3)))
-        return score, at
+def _best(score: Callable[[_Place], float], make: Callable[[float], _Place], low: float, high: float) -> tuple[float, float]:
+    """The smallest residue over a range of ages or phases, and where it is."""
+    step = (high - low) / _COARSE
+    found, at = min((score(make(low + (n + 0.5) * step)), low + (n + 0.5) * step) for n in range(_COARSE))
+    for _ in range(2):
+        step /= 4
+        found, at = min((found, at), *((score(make(at + n * step)), at + n * step) for n in (-3, -2, -1, 1, 2, 3)))
+    return found, at
 
-    score, age_ns = best(_constant, -_EARLY_NS, reach_ns)
+
+def _place(steps: Sequence[_Step], line: Timeline, reach_ns: int) -> _Place:
+    """Where counter values belong: at a fixed age, or on the grid of the counter's refreshes."""
+    score = _score(steps, line)
+    found, age_ns = _best(score, _constant, -_EARLY_NS, reach_ns)
     place = _constant(age_ns)
     for period_ns in _PERIODS_NS:
-        grid_score, phase_ns = best(lambda phase, period=period_ns: _grid(period, phase), 0, period_ns)  # type: ignore[misc]
-        if grid_score < 0.9 * score:  # a sampler on time sees a fixed age: then both are the same
-            score, place = grid_score, _grid(period_ns, phase_ns)
-    return place, reach_ns + _EARLY_NS
+        grid_found, phase_ns = _best(score, lambda phase, period=period_ns: _grid(period, phase), 0, period_ns)  # type: ignore[misc]
+        if grid_found < 0.9 * found:  # a sampler on time sees a fixed age: then both are the same
+            found, place = grid_found, _grid(period_ns, phase_ns)
+    return place
+
+
+def _window(cut: Cut, line: Timeline, reach_ns: int) -> tuple[list[_Step], _Place, int]:
+    """Over which window power readings are a mean, and how old they are."""
+    tried = []
+    for window_ns in _WINDOWS_NS:
+        steps = _touching(_averaged(cut, window_ns), line, reach_ns)
+        found, age_ns = _best(_score(steps, line), _constant, -_EARLY_NS, reach_ns)
+        tried.append((found / window_ns, window_ns, age_ns, steps))  # mean squares of power
+    _, window_ns, age_ns, steps = min(tried, key=lambda row: row[0])
+    return steps, _constant(age_ns), window_ns
+
+
+def _touching(steps: Sequence[_Step], line: Timeline, reach_ns: int) -> list[_Step]:
+    return [s for s in steps if s.last_ns > line.begin_ns and s.first_ns - reach_ns < line.end_ns]
 
 
 def _none(line: Timeline, cut: Cut, uuid: str, note: str) -> SpansView:
@@ -247,21 +264,24 @@ def estimate(uuid: str, spans: Sequence[Span], cut: Cut, errors: SensorErrors) -
         for name in ("time_ns", "energy_mj", "seen_ns", "power_mw", "clock_mhz", "reasons", "epoch"):
             column = getattr(cut, name)
             setattr(cut, name, [column[n] for n in keep])
-    steps = _counted(cut) if cut.counter else _integrated(cut)
-    touching = [s for s in steps if s.last_ns > line.begin_ns and s.first_ns - errors.refresh_ns < line.end_ns]
-    covered_ns = sum(
-        max(0, min(s.last_ns, line.end_ns) - max(s.first_ns, line.begin_ns)) for s in touching
-    )
-    if not touching or covered_ns < 0.5 * (line.end_ns - line.begin_ns):
+    seen = sorted({t for t, mw in zip(cut.time_ns, cut.power_mw, strict=True) if mw >= 0} if not cut.counter else cut.seen_ns)
+    gaps = [b - a for a, b in pairwise(seen) if a < line.end_ns and b > line.begin_ns and b > a]
+    reach_ns = min([errors.refresh_ns, *sorted(gaps)[len(gaps) // 2 : len(gaps) // 2 + 1]])
+    if sum(gap for gap in gaps if cut.counter or gap <= errors.frozen_ns) < 0.5 * (line.end_ns - line.begin_ns):
         return _none(line, cut, uuid, "no counter values in this time" if cut.counter else "no power readings in this time")
-    gaps = sorted(s.last_ns - s.first_ns for s in touching)
-    place, tried_ns = _search(touching, line, min(errors.refresh_ns, gaps[len(gaps) // 2]))
-    solved = fit(_rows(touching, place, line), line.width, phase_s=tried_ns / NS / math.sqrt(12))
+    each = 1.0  # rows that overlap tell the same thing again
+    if cut.counter:
+        steps = _touching(_counted(cut), line, errors.refresh_ns)
+        place = _place(steps, line, reach_ns)
+    else:
+        steps, place, window_ns = _window(cut, line, errors.refresh_ns)
+        each = max(1.0, window_ns * len(steps) / max(1, sum(gaps)))
+    solved = fit(_rows(steps, place, line), line.width, phase_s=(reach_ns + _EARLY_NS) / NS / math.sqrt(12), each=each)
     gain = errors.counter_gain if cut.counter else errors.power_gain
     energies = [_interval(solved, label, line.times_ns[label] / NS, gain) for label in range(len(line.names))]
     notes = [text for at, text in cut.breaks if line.begin_ns <= at <= line.end_ns]
     return SpansView(
-        uuid, _label_views(line, cut, energies), len(touching), "counter" if cut.counter else "integrated", "; ".join(notes)
+        uuid, _label_views(line, cut, energies), len(steps), "counter" if cut.counter else "integrated", "; ".join(notes)
     )
 
 

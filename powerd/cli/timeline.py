@@ -151,7 +151,11 @@ def draw(path: Path, halves: Sequence[Timeline], title: str) -> None:
     from matplotlib.patches import Patch
 
     low, high = clock_range(halves)
-    shade = ScalarMappable(Normalize(low, max(high, low + 1)), colormaps["turbo"])
+    scale, colours_of = Normalize(low, max(high, low + 1)), colormaps["turbo"]
+
+    def shade(mhz: int) -> Any:
+        return colours_of((mhz - low) / max(1, high - low))
+
     figure = plot.new_figure(11, 1.2 + sum(0.45 + 0.32 * half.ranks for half in halves))
     grid = figure.add_gridspec(len(halves), 1)
     total_s = max(half.iteration_time_s for half in halves)
@@ -163,14 +167,15 @@ def draw(path: Path, halves: Sequence[Timeline], title: str) -> None:
         for rank in range(half.ranks):
             own = [bar for bar in half.bars if bar.rank == rank]
             spans = [(bar.start_s, bar.time_s) for bar in own]
-            colours = ["0.75" if bar.mhz is None else shade.to_rgba(bar.mhz) for bar in own]
+            colours = ["0.75" if bar.mhz is None else shade(bar.mhz) for bar in own]
             edge = 0.3 if len(half.bars) < 1000 else 0.0
             axes.broken_barh(spans, (rank - 0.42, 0.66), facecolors=colours, edgecolors="black", linewidths=edge)
             axes.broken_barh(spans, (rank + 0.24, 0.18), facecolors=[KIND_COLOURS[bar.letter] for bar in own], linewidths=0)
             letters |= dict.fromkeys(bar.letter for bar in own)
-            for bar in own if len(half.bars) <= 400 else ():
-                axes.text(bar.start_s + bar.time_s / 2, rank - 0.09, str(bar.microbatch), ha="center", va="center", fontsize=5,
-                          clip_on=True)  # fmt: skip
+            for bar, colour in zip(own, colours, strict=True) if len(half.bars) <= 400 else ():
+                ink = "black" if isinstance(colour, str) or sum(colour[:3]) > 1.2 else "white"
+                middle_s = bar.start_s + bar.time_s / 2
+                axes.text(middle_s, rank - 0.09, bar.microbatch, ha="center", va="center", fontsize=5, color=ink, clip_on=True)
         axes.set_ylim(half.ranks - 0.5, -0.5)
         axes.set_yticks(range(half.ranks))
         axes.set_ylabel("pipeline rank")
@@ -178,7 +183,7 @@ def draw(path: Path, halves: Sequence[Timeline], title: str) -> None:
         axes.set_xlim(0, total_s * 1.005)
         axes.axvline(half.iteration_time_s, color="black", linewidth=0.8)
     axes.set_xlabel("time (s)")
-    figure.colorbar(shade, ax=figure.axes, label="SM clock (MHz)", pad=0.01)
+    figure.colorbar(ScalarMappable(scale, colours_of), ax=figure.axes, label="SM clock (MHz)", pad=0.01)
     figure.axes[0].legend(
         handles=[Patch(color=KIND_COLOURS[letter], label=KIND_NAMES[letter]) for letter in letters],
         fontsize=7, ncol=len(letters), loc="lower right", bbox_to_anchor=(1, 1.0), frameon=False,

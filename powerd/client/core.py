@@ -28,17 +28,14 @@ from powerd.api import (
     PlanView,
     QuiesceRequest,
     SnapshotView,
-    Span,
-    SpansRequest,
-    SpansView,
     WantSpec,
     WindowBegin,
     WindowView,
 )
 from powerd.client import stream as _stream
 from powerd.client.codec import encode, neutral
+from powerd.client.jobcalls import JobCalls
 from powerd.client.lease import Bounds, Lease, want_specs
-from powerd.client.nodetime import node_now_ns
 from powerd.client.transport import Transport, default_socket
 from powerd.client.window import EnergyWindow
 from powerd.errors import PowerdError, RequestError, UnavailableError
@@ -51,7 +48,7 @@ log = logging.getLogger("powerd.client")
 _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Client:
+class Client(JobCalls):
     """A connection to one node's powerd; safe to share between threads and to carry over a fork.
 
     ``socket`` is a Unix socket (default: ``$POWERD_SOCKET``, this user's daemon, the system's); ``url`` with ``token_file``
@@ -365,15 +362,6 @@ class Client:
         return self._ask(
             WindowView, "energy window", "POST", f"/v1/windows/{window_id}/end", query=query, timeout_s=self._wait(10.0)
         )
-
-    def now_ns(self) -> int:
-        """The node's CLOCK_BOOTTIME in nanoseconds, by which spans and steps are stamped; a microsecond, no exchange."""
-        return node_now_ns()
-
-    def spans(self, uuid: str, spans: Sequence[Span], *, wait: bool = True) -> SpansView:
-        """What each kind of work on one GPU used, after the fact; ``wait`` for the sample that closes the last span."""
-        body = SpansRequest(uuid, tuple(spans), wait)
-        return self._ask(SpansView, "energy spans", "POST", "/v1/energy/spans", body, timeout_s=self._wait(10.0))
 
     # -- node ------------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ class ArmedPlans:
             return
         kept = self._plans[order.number] = _Kept(order, descriptors.pop())
         if ready:
-            self._forward(order.row(), (kept.descriptor,))
+            self._give(kept)
         else:
             self.tell()
 
@@ -93,9 +93,12 @@ class ArmedPlans:
         """A worker has opened its GPUs and knows the setpoints: it gets every plan anew."""
         self.prune(holds_clock, ready=False)
         for kept in self._plans.values():
-            if kept.row["state"] != PlanState.ARMED or kept.row["beats"]:
-                kept.order = replace(kept.order, why=_RESTARTED)
-            self._forward(kept.order.row(), (kept.descriptor,))
+            self._give(kept)
+
+    def _give(self, kept: _Kept) -> None:
+        """A worker gets this plan, at its safe clock when it is not the first one."""
+        self._forward(kept.order.row(), (kept.descriptor,))
+        kept.order = replace(kept.order, why=_RESTARTED)
 
     def heard(self, content: Any) -> None:
         """The worker's PLANS table: how its plans stand, and which have ended."""

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from powerd.client import Client
 from powerd.demo.stage import stage
 
 ROOT = Path(__file__).parents[2]

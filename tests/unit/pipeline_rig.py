@@ -27,7 +27,7 @@ class Barrier:
     """An exchange over threads."""
 
     def __init__(self, ranks: int) -> None:
-        self._barrier = threading.Barrier(ranks, timeout=30)
+        self._barrier = threading.Barrier(ranks, timeout=5)
         self._values: list[Any] = [None] * ranks
         self.calls = 0
 
@@ -250,7 +250,7 @@ class Job:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(10)
             assert not thread.is_alive(), "a rank waits for ever"
 
     def until(self, state: str, limit: int = 400) -> int:

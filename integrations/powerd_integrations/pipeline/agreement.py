@@ -137,7 +137,8 @@ class Agreement:
         self._pending: int | None = None  # the clock whose sheets were not told yet
         self._final = False
         self._settling = False
-        self._at_once = False
+        self._at_once = False  # talk again at this very step end
+        self._heard = False  # the ranks have talked at this step end
 
     def _to(self, event: Event) -> None:
         self.state = TABLE[self.state, event]
@@ -156,6 +157,7 @@ class Agreement:
     def step(self) -> tuple[Action, ...]:
         """A training step has ended on every rank."""
         self._steps += 1
+        self._heard = False
         if self.state is State.WARMUP:
             self._to(Event.WARM)
         elif self._steps >= self.options.settle_iterations + self.options.iterations_per_clock and self._measuring:
@@ -171,8 +173,8 @@ class Agreement:
     @property
     def due(self) -> bool:
         """Whether the ranks exchange words now."""
-        if self._at_once:
-            return True
+        if self._at_once or self._heard:
+            return self._at_once
         if self.state is State.PROFILING:
             return self._pending is not None and (self._final or self._steps >= self.options.settle_iterations)
         if self.state is State.RECORDING:
@@ -185,7 +187,7 @@ class Agreement:
 
     def hear(self, said: Sequence[Said]) -> tuple[Action, ...]:
         """What all ranks said at this exchange, in the same sequence everywhere."""
-        self._at_once = False
+        self._at_once, self._heard = False, True
         for words in said:
             if words.get("fatal"):
                 return self.fail(f"{words['name']}: {words['fatal']}")

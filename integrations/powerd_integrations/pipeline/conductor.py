@@ -8,11 +8,11 @@ all have agreed to stop, so that no rank is ever left waiting.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import astuple
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from powerd.client import Client
@@ -25,7 +25,7 @@ from powerd_integrations.pipeline.measured import Sheet
 from powerd_integrations.pipeline.options import Options
 from powerd_integrations.pipeline.place import Place
 from powerd_integrations.pipeline.recorded import Key, is_training, keys
-from powerd_integrations.pipeline.timing import HostTiming, Timing
+from powerd_integrations.pipeline.timing import HostTiming, Send, Timing
 from powerd_integrations.pipeline.worker import Worker
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ class Conductor:
         self.agreement = Agreement(place, self.options, None if order is None else tuple(keys(rank) for rank in order))
         self.plan: dict[str, Any] | None = None  # of this pipeline, as planning.py makes it
         self.steps = 0  # training steps that ended
-        self.beats_sent = 0
         self._exchange, self._shape = exchange, shape
         self._now_ns = now_ns or client.now_ns
         self._timing: Timing = timing or HostTiming(self._now_ns)
@@ -72,13 +71,14 @@ class Conductor:
         self._observed: dict[int, Observed] = {}
         self._expected_s: list[float | None] = []
         self._kept: list[tuple[Any, ...]] = []
-        self._last: tuple[Any, ...] | None = None  # the newest whole step that followed the plan
+        self._whole: deque[tuple[Any, ...]] = deque(maxlen=2)  # the newest steps that followed the plan, without a gap
         self._first = place.pipeline == place.rank == place.tensor == 0
         self._off = False
         self._said_stray = False
         self._expected: tuple[Key, ...] = ()
         self._length = 0
         self._beats: Beats | None = None
+        self._send: Send = _nobody
         self._step = 0  # as beats count
         self._announced = False
         self._k = 0
@@ -104,7 +104,7 @@ class Conductor:
                 self._follows = True
                 if not self._announced:
                     self._announced = True
-                    self._send(self._step, 0)
+                    self._announce(self._begin_mark, self._send, self._step, 0)
         except Exception as error:
             self._broken(error)
 
@@ -177,12 +177,6 @@ class Conductor:
         self._k, self._keys, self._marks = 0, [], []
         self._keep = self._follows = False
 
-    def _send(self, step: int, index: int) -> None:
-        beats = self._beats
-        if beats is not None:
-            beats.send(step, index)
-            self.beats_sent += 1
-
     def _stray(self, key: Key) -> None:
         """Not the instruction that the plan has next: the safe clock until a whole step begins again."""
         self._follows = False
@@ -198,8 +192,9 @@ class Conductor:
 
     def _safe(self) -> None:
         self._announced = False
-        if self._beats is not None:
-            self._beats.safe()
+        beats = self._beats
+        if beats is not None:  # behind the beats that were announced already, if those wait for the device
+            self._announce(self._mark(), lambda step, index: beats.safe(), 0, 0)
 
     def _close_step(self) -> None:
         end_mark = self._mark()
@@ -218,7 +213,10 @@ class Conductor:
         self.steps += 1
         if self._keep and as_agreed:
             self._kept.append(step)
-        self._last = step if followed and as_agreed else None
+        if followed and as_agreed:
+            self._whole.append(step)
+        else:
+            self._whole.clear()
         if self.steps == 1:
             self._prepare()
         self._perform(self.agreement.step())
@@ -290,9 +288,9 @@ class Conductor:
 
     def _say_pace(self, ran: tuple[Key, ...]) -> dict[str, Any]:
         self._mend()
-        if self._last is None or self.plan is None:
+        if len(self._whole) < 1 + self._timing.lags or self.plan is None:
             return {"time_s": None}
-        step = self._ran(self._last)
+        step = self._ran(self._whole[-1 - self._timing.lags])
         if self._observing is not None and self._observing.done():
             done, self._observing = self._observing, None
             self._observed = {} if done.exception() is not None else done.result()
@@ -303,7 +301,7 @@ class Conductor:
             ratios.setdefault(stage, []).append((end_ns - begin_ns) / 1e9 / expected_s)
         stages = []
         for stage, all_of in ratios.items():
-            ratio, seen = median(all_of), self._observed.get(stage, Observed(None, ()))
+            ratio, seen = _telling(all_of), self._observed.get(stage, Observed(None, ()))
             stages.append([stage, ratio, seen.ceiling_mhz, list(seen.reasons)])
             if ratio > 1.0 + self.options.tolerance and self._observing is None:
                 clocks = self.plan["clocks"][self.place.rank]
@@ -373,7 +371,9 @@ class Conductor:
         arming, self._arming = self._arming, None
         beats = None if arming is None or arming.exception() is not None else arming.result()
         before, self._beats = self._beats, beats
+        self._send = _nobody if beats is None else beats.send
         self._announced = False
+        self._whole.clear()
         if before is not None and before is not beats:
             self._worker.submit(before.close)
 
@@ -382,7 +382,7 @@ class Conductor:
         if self.plan is None or self._arming is not None or (self._gpu.ready and self._beats is not None and self._beats.alive):
             return
         if not self._gpu.ready:
-            self._beats = None
+            self._beats, self._send = None, _nobody
             self._prepare()
         else:
             self._follow(self.plan)
@@ -399,7 +399,7 @@ class Conductor:
         if self._off:
             return
         self._off = True
-        beats, self._beats = self._beats, None
+        beats, self._beats, self._send = self._beats, None, _nobody
         self._worker.submit(partial(self._give_back, beats))
 
     def _give_back(self, beats: Beats | None) -> None:
@@ -407,6 +407,17 @@ class Conductor:
             beats.close()
         self._gpu.release()
         self._timing.close()
+
+
+def _telling(ratios: Sequence[float]) -> float:
+    """Of measured over expected times, the one that tells most of a stage: a ceiling slows only what was to run above it."""
+    ordered = sorted(ratios)
+    low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+    return high if high - 1.0 >= 1.0 - low else low
+
+
+def _nobody(step: int, index: int) -> None:
+    """Nobody follows beats just now."""
 
 
 _SAY: dict[State, Callable[[Conductor, tuple[Key, ...]], dict[str, Any]]] = {

@@ -49,8 +49,8 @@ def as_it_is(rows: Sequence[Row], slow: Mapping[int, Slow]) -> tuple[Row, ...]:
 
 def _cut(rows: list[Row], ceiling_mhz: int) -> list[Row]:
     """Rows of one kind of work, highest clock first, when the GPU runs at the ceiling at most."""
-    below = [row for row in rows if row.mhz <= ceiling_mhz]
-    above = [row for row in rows if row.mhz > ceiling_mhz]
+    below = [row for row in rows if row.mhz < ceiling_mhz]
+    above = [row for row in rows if row.mhz >= ceiling_mhz]
     if not above:
         return rows
     low, high = (below or above[-1:])[0], above[-1]

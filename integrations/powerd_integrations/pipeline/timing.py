@@ -14,6 +14,9 @@ Send = Callable[[int, int], object]
 class Timing(Protocol):
     """How an adapter tells moments; ``Any`` marks are the adapter's own."""
 
+    #: Whether the newest step's marks have not all come when the step ends: the conductor then asks for those of the one before.
+    lags: bool
+
     def mark(self) -> Any:
         """Now, as the work that was queued so far will see it."""
 
@@ -29,6 +32,8 @@ class Timing(Protocol):
 
 class HostTiming:
     """The process's own clock: exact where begin and end mean that the work has begun and ended."""
+
+    lags = False
 
     def __init__(self, now_ns: Callable[[], int]) -> None:
         self.mark: Callable[[], Any] = now_ns

@@ -23,7 +23,10 @@ from powerd_policies.perseus import baselines, dag, profile, schedules
 from powerd_policies.perseus.problem import Instruction, Kind, Order, Plan, Problem
 from powerd_policies.perseus.profile import NOISE, Row
 
+#: How much the rows of a running job may contradict each other: a planner that refuses them would end the saving, not the noise.
 LIVE_NOISE = 0.5
+#: Stages times microbatches: 256 ranks with 1,024 microbatches.
+MOST = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ def parse(content: object, name: str = "the job") -> JobFile:
     if not isinstance(content, Mapping):
         raise _bad(f"{name}: a job is a JSON object, not {_type(content)}")
     known_keys(content, [f.name for f in fields(JobFile)], name)
-    order = None if content.get("order") is None else _order(content["order"], name)
+    content = {key: value for key, value in content.items() if value is not None}
+    order = _order(content["order"], name) if "order" in content else None
     for key in ("blocking_power_w", *(() if order is not None else ("schedule", "stages", "microbatches"))):
         if key not in content:
             raise _bad(f"{name}: {key} is missing")
@@ -106,7 +110,7 @@ def parse(content: object, name: str = "the job") -> JobFile:
         if key in content:
             made[key] = _float(content[key], f"{name}: {key}", least=0.0)
     for key, kind in (("schedule", str), ("profile", str), ("recompute", bool)):
-        if content.get(key) is not None:
+        if key in content:
             if not isinstance(content[key], kind):
                 raise _bad(f"{name}: {key} is {json.dumps(content[key])}, not {_TYPES[kind]}")
             made[key] = content[key]
@@ -114,9 +118,12 @@ def parse(content: object, name: str = "the job") -> JobFile:
         near = difflib.get_close_matches(made["schedule"].lower(), schedules.SCHEDULES, 1, 0.5)
         raise _bad(f"{name}: schedule {made['schedule']!r} is not known" + (f", {near[0]!r} is" if near else ""),
                    f"one of {', '.join(schedules.SCHEDULES)}")  # fmt: skip
-    if content.get("switching") is not None:
+    if "switching" in content:
         made["switching"] = _switching(content["switching"], name)
-    return JobFile(order=order, **made)
+    job = JobFile(order=order, **made)
+    if (size := job.stages * job.chunks * job.microbatches) > MOST:
+        raise _bad(f"{name}: {size} microbatches times stages", f"more than {MOST} are not planned")
+    return job
 
 
 def load(path: Path) -> tuple[JobFile, tuple[Row, ...]]:
@@ -273,7 +280,7 @@ def _integer(value: object, place: str, least: int) -> int:
 
 
 def _float(value: object, place: str, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise _bad(f"{place} is {json.dumps(value)}, not a number")
     if value < least:
         raise _bad(f"{place} is {value:g}", f"it must be {least:g} or more")

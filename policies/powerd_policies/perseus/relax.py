@@ -211,7 +211,9 @@ class Network:
         if found.status != 0:
             raise PowerdError(f"the linear program ended with: {found.message}; this is an error of the planner")
         flow = -found.ineqlin.marginals
-        at_sink = np.bincount(self.end, flow[:nodes], events) + np.bincount(self.between[:, 1], flow[nodes : nodes + gaps], events)
+        at_sink = np.bincount(self.end, flow[:nodes], events) + np.bincount(
+            self.between[:, 1], flow[nodes : nodes + gaps], events
+        )
         times = found.x[events : events + nodes]
         return self._relaxed(times, flow[:nodes], flow[nodes : nodes + gaps], float(at_sink[self.sink]), deadline_s)
 

@@ -1,0 +1,52 @@
+"""Training jobs in the frameworks' environment, on a simulated node that a real powerd controls.
+
+House rules: a job is a real program of its framework whose steps run measured kernels on the simulated GPU; it prints one JSON object
+as its last line; ranks are real processes that meet on gloo over loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.live import LiveNode, free_port
+from tests.torchenv import source_path, torch_python
+
+JOBS = Path(__file__).parent / "jobs"
+PATIENCE_S = 150
+
+
+def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Run a job with so many ranks; what each of them said. AssertionError with its output when one fails."""
+    base = {
+        **live.env, "PYTHONPATH": source_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "0,1",
+        "POWERD_LOG": "info", **(env or {}),
+    }  # fmt: skip
+    if ranks > 1:
+        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    started = []
+    for rank in range(ranks):
+        own = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {**base, "CUDA_VISIBLE_DEVICES": "0"}
+        argv = [str(torch_python()), str(JOBS / f"{name}.py"), *words]
+        started.append(
+            subprocess.Popen(argv, env=own, cwd=live.root, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )  # fmt: skip
+    try:
+        said = [process.communicate(timeout=PATIENCE_S) for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    for process, (out, err) in zip(started, said, strict=True):
+        assert process.returncode == 0, f"{name} ended with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
+    return [{**_last(out), "stderr": err} for out, err in said]
+
+
+def _last(out: str) -> dict[str, Any]:
+    lines: Sequence[str] = [line for line in out.splitlines() if line.startswith("{")]
+    assert lines, f"the job said nothing: {out[-2000:]}"
+    return dict(json.loads(lines[-1]))

@@ -38,7 +38,6 @@ def solver_or_hint() -> None:
 
 def open_job(path: Path) -> tuple[JobFile, tuple[Row, ...], Problem]:
     """JOB.json with its profile and what is to be planned; RequestError naming file and row."""
-    solver_or_hint()
     from powerd_policies.perseus import document
 
     job, rows = document.load(path)
@@ -60,6 +59,7 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Choose the clock of every computation so that an iteration takes least energy within a deadline."""
+    solver_or_hint()
     from powerd.cli import frontiers
     from powerd_policies.perseus import profile, solve
 
@@ -145,6 +145,7 @@ def report(
     as_json: JsonFlag = False,
 ) -> None:
     """Plot and tabulate the frontier of time and energy, beside power limits and EnvPipe, alone and with a straggler."""
+    solver_or_hint()
     from powerd import plot
     from powerd.cli import frontiers
     from powerd_policies.perseus import baselines

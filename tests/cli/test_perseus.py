@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,13 @@ def test_a_plan_may_carry_its_frontier(job: Path, powerctl: Callable[..., Any]) 
     answer = powerctl("perseus", "plan", str(job), "--frontier", "5", "-o", str(out))
     assert "frontier" in answer.out
     assert len(json.loads(out.read_text())["frontier"]) == 5
+
+
+def test_without_the_libraries_of_a_planner_it_says_what_to_install(
+    job: Path, powerctl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    for words in (("plan", str(job)), ("show", str(job)), ("report", str(job))):
+        answer = powerctl("perseus", *words)
+        assert answer.code == EXIT_USAGE
+        assert "pip install 'powerd[plan]'" in answer.err

@@ -221,10 +221,7 @@ class Conductor:
             self._prepare()
         self._perform(self.agreement.step())
         while self.agreement.due and not self._off:
-            before = self.agreement.state
             self._talk(tuple(self._keys))
-            if self.agreement.state is before and not self.agreement._at_once:
-                break
 
     def _talk(self, ran: tuple[Key, ...]) -> None:
         words: dict[str, Any] = {"name": str(self.place), "place": list(astuple(self.place))}

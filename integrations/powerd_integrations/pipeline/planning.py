@@ -57,9 +57,8 @@ def _cut(rows: list[Row], ceiling_mhz: int) -> list[Row]:
     share = (ceiling_mhz - low.mhz) / (high.mhz - low.mhz) if below else 0.0
     time_s, energy_j = (a + (b - a) * share for a, b in ((low.time_s, high.time_s), (low.energy_j, high.energy_j)))
     # All the same, but a planner shall take the top one.
-    held = [row for row in rows if row.mhz >= ceiling_mhz]
-    cut = [row._replace(time_s=time_s * (1 + n * 1e-6), energy_j=energy_j * (1 + n * 1e-6)) for n, row in enumerate(held)]
-    return [*cut, *(row for row in rows if row.mhz < ceiling_mhz)]
+    cut = [row._replace(time_s=time_s * (1 + n * 1e-6), energy_j=energy_j * (1 + n * 1e-6)) for n, row in enumerate(above)]
+    return [*cut, *below]
 
 
 def expected_s(rows: Sequence[Row], slow: Mapping[int, Slow]) -> dict[tuple[int, str, int], float]:

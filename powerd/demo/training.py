@@ -56,6 +56,7 @@ class Step:
     state: str | None
     plans: tuple[str | None, ...]
     true_j: tuple[float, ...]  # by GPU, from begin to end of this step: the simulator's truth, for scoring
+    ran_s: tuple[tuple[tuple[float, float], ...], ...]  # by GPU: begin and end of its instructions
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Training:
     meter: Child
     steps: list[Step] = field(default_factory=list)
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)  # id -> what was told of it
-    following: list[str | None] = field(default_factory=list)  # the newest plan of each pipeline
+    each: Callable[[Step], None] = lambda step: None  # called with every step that has ended
 
     def advance(self) -> Step:
         """One more iteration; DemoError when a rank fails."""
@@ -119,6 +120,7 @@ class Training:
                 raise DemoError(f"rank {message['done']} ended after {len(self.steps)} steps")
         ordered = [rows[rank] for rank in range(self.shape.world)]
         self.steps.append(_step(ordered, self.shape))
+        self.each(self.steps[-1])
         return self.steps[-1]
 
     def until(self, condition: Callable[[Step], bool], most: int, what: str) -> Step:
@@ -164,6 +166,7 @@ def _step(rows: Sequence[dict[str, Any]], shape: Shape) -> Step:
         rows[0]["step"], begin_ns, max(row["end_ns"] for row in rows), tuple((ns - begin_ns) / 1e9 for ns in worked),
         rows[0]["state"], tuple(rows[gpu]["plan"] for gpu in firsts),
         tuple((row["end_mj"] - row["begin_mj"]) / 1000 for row in rows),
+        tuple(tuple(zip(*[(us / 1e6 for us in row["ran_us"][at::2]) for at in (0, 1)], strict=True)) for row in rows),
     )  # fmt: skip
 
 

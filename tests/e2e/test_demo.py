@@ -18,7 +18,7 @@ import pytest
 from powerd.demo.result import measured
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["--gpus", "2"]
+SHORT = ["--gpus", "2", "--parts", "sweep,kill"]
 DRAWN = "out/energy_time.svg"
 
 
@@ -46,6 +46,8 @@ def demo(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, Any], list[dic
         env=environment(tmp_path), capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    if not (out / "energy_time.csv").exists():
+        return done.stdout, json.loads((out / "result.json").read_text()), []
     with (out / "energy_time.csv").open() as rows:
         return done.stdout, json.loads((out / "result.json").read_text()), list(csv.DictReader(rows))
 
@@ -80,6 +82,52 @@ def test_the_main_job_measures_chooses_and_is_restored(tmp_path: Path) -> None:
     assert re.search(r"restored after \d+ ms", said)
     assert re.search(r"^0 +NVIDIA A100", said, re.MULTILINE), "powerctl status is shown"
     assert re.search(r"Stepped time: \d+ simulated seconds in \d+ s", said)
+    assert left_running(str(tmp_path)) == []
+
+
+def test_training_saves_what_was_predicted_and_follows_a_straggler(tmp_path: Path) -> None:
+    said, result, _ = demo(tmp_path, "--parts", "train")
+    assert result["simulated"] is True
+    training = result["training"]
+    plan, late, before, after = (training[name] for name in ("plan", "straggler_plan", "before", "after"))
+    assert len(training["stages"]) * training["pipelines"] == 8
+    assert training["clocks_mhz"][0] == 1410
+    assert len(training["clocks_mhz"]) >= 8
+    # What it saves, beside what it said it would, and beside the truth.
+    saved = training["saving"]
+    assert 0.10 < saved["saving"] < 0.16
+    assert saved["saving"] == pytest.approx(training["saving_predicted"], abs=0.01)
+    assert saved["saving"] == pytest.approx(training["true_saving"], abs=0.003)
+    assert saved["low"] < training["true_saving"] < saved["high"]
+    assert saved["high"] - saved["low"] < 0.05, "bounds that say something"
+    assert after["energy_j"] == pytest.approx(training["pipelines"] * plan["energy_j"], rel=0.01)
+    assert after["time_s"] == pytest.approx(plan["deadline_s"], rel=0.01)
+    assert after["time_s"] == pytest.approx(before["time_s"], rel=0.01)
+    assert f"saving: {saved['saving']:.1%}" in said
+    # One GPU of pipeline 2 is throttled: pipeline 1 runs at its pace, saves, and delays nobody.
+    straggler = training["straggler"]
+    assert training["waiting"]["time_s"] > 1.1 * after["time_s"]
+    assert training["following"]["time_s"] == pytest.approx(training["waiting"]["time_s"], rel=0.01)
+    assert late["deadline_s"] == pytest.approx(training["waiting"]["time_s"], rel=0.01)
+    assert straggler["worked_s"][0] <= 1.002 * straggler["worked_s"][1]
+    assert straggler["worked_s"][0] > 1.1 * plan["deadline_s"]
+    assert straggler["saving"]["low"] > 0.1
+    assert straggler["saving"]["saving"] == pytest.approx(straggler["saving_predicted"], abs=0.02)
+    assert straggler["back"] is True
+    assert re.search(r"Stepped time: \d+ simulated seconds of training in \d+ s.*factor \d+", said)
+    # What is drawn is what ran; the plan itself is there for powerctl.
+    picture = (tmp_path / "out/timeline.svg").read_text()
+    assert "simulated" in picture
+    assert (tmp_path / "out/timeline.png").read_bytes().startswith(b"\x89PNG\r\n")
+    shown = subprocess.run(
+        [sys.executable, "-m", "powerd.cli.main", "perseus", "show", str(tmp_path / "out/plan.json")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("rank") == 8
+    with_figures = [block for block in said.split("\n\n") if re.search(r"\d (J|s|W|MHz)\b", block)]
+    assert len(with_figures) >= 5
+    assert all("simulated" in block.lower() for block in with_figures)
     assert left_running(str(tmp_path)) == []
 
 

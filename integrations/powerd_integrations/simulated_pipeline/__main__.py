@@ -7,6 +7,7 @@ stdout is one JSON object; with ``--ask`` no step begins before a line on stdin 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import signal
 import sys
@@ -66,10 +67,18 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def say(**message: object) -> None:
-    """One JSON object on a line of its own, in one write, at once."""
-    sys.stdout.write(json.dumps({"simulated": True, **message}) + "\n")
-    sys.stdout.flush()
+class Voice:
+    """The stdout that all ranks share: one JSON object per line, a line at a time however long it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lock = (folder / "stdout.lock").open("a")
+
+    def say(self, **message: object) -> None:
+        """One line, at once."""
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        sys.stdout.write(json.dumps({"simulated": True, **message}) + "\n")
+        sys.stdout.flush()
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
 
 
 def _options(text: str) -> Options:
@@ -84,7 +93,7 @@ def _options(text: str) -> Options:
 
 def _train(job: Job, options: Options | None, args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
-    clock = from_environment()
+    clock, voice = from_environment(), Voice(args.mail)
     with attach() as node:
         if job.world > node.gpus:
             raise ValueError(f"{job.world} ranks need as many GPUs, this node has {node.gpus}")
@@ -93,20 +102,20 @@ def _train(job: Job, options: Options | None, args: argparse.Namespace) -> int:
         if options is not None and clock.scale == 0.0:  # who works beside the ranks is not waited for in stepped time
             options = replace(options, background=False)
         mail.meet()
-        say(ready=args.rank)
+        voice.say(ready=args.rank)
         try:
             for number in range(args.steps):
                 if mail.share(("begin", str(number)), 0, _go(args)) != "go":
                     break
                 if options is not None and number == args.baseline:
                     rank.conduct(options)
-                say(**rank.run_step(number).to_json())
+                voice.say(**rank.run_step(number).to_json())
                 if (plan := rank.new_plan()) is not None:
-                    say(**plan)
+                    voice.say(**plan)
         finally:
             rank.close()
             mail.close()
-    say(done=args.rank, now_ns=clock.now_ns())
+    voice.say(done=args.rank, now_ns=clock.now_ns())
     return 0
 
 

@@ -36,6 +36,7 @@ class Step:
     end_mj: float
     state: str | None  # of its conductor, when the step began
     plan: str | None
+    ran_us: tuple[int, ...]  # begin, end, begin, end, ... of its instructions, microseconds from begin_ns
 
     def to_json(self) -> dict[str, Any]:
         """As it is printed."""
@@ -84,6 +85,7 @@ class Rank:
         """One iteration of the schedule and its gradient sync."""
         conductor, round_ = self.conductor, str(number)
         begin_ns, begin_mj, busy_s = self._clock.now_ns(), self._node.true_energy_mj(self.rank), 0.0
+        ran_us: list[int] = []
         state: str | None = None
         plan: str | None = None
         if conductor is not None:
@@ -95,7 +97,9 @@ class Rank:
                 self._mail.take(self._first + source, (round_, str(before)), self._context.block)
             if conductor is not None:
                 conductor.begin(*key)
+            ran_us.append((self._clock.now_ns() - begin_ns) // 1000)
             busy_s += self._context.run(self._kernels[step]).seconds
+            ran_us.append((self._clock.now_ns() - begin_ns) // 1000)
             if conductor is not None:
                 conductor.end(*key)
             for target in self._sends.get(step, ()):
@@ -106,7 +110,7 @@ class Rank:
         self._sync(round_)
         self._context.rest()
         end_ns, end_mj = self._clock.now_ns(), self._node.true_energy_mj(self.rank)
-        return Step(self.rank, number, begin_ns, worked_ns, end_ns, busy_s, begin_mj, end_mj, state, plan)
+        return Step(self.rank, number, begin_ns, worked_ns, end_ns, busy_s, begin_mj, end_mj, state, plan, tuple(ran_us))
 
     def _sync(self, round_: str) -> None:
         """Gradients are summed over the pipelines' peers, their norm over all ranks: nobody goes on before the slowest."""
@@ -125,6 +129,7 @@ class Rank:
         return {
             "pipeline": self.pipeline, "planned": conductor.plan, "profile": kept.csv(),
             "blocking_power_w": kept.blocking_power_w, "document": self._document(conductor.plan, kept),
+            "order": [[list(step) for step in rank] for rank in conductor.agreement.order],
         }  # fmt: skip
 
     def _document(self, plan: Mapping[str, Any], kept: measured.Profile) -> dict[str, Any] | None:

@@ -125,15 +125,18 @@ def train(args: argparse.Namespace, name: str, rank: int, world: int, gpu: Gpu, 
     said: dict[str, Any] = {"losses": losses, "weights": weights, "states": states}
     if handle is not None and handle.conductor is not None:
         conductor = handle.conductor
-        beats = conductor._beats
+        lease = conductor._gpu._lease
+        plans = [] if lease is None or not lease.held else conductor._gpu.client.plans(lease.id, lease.token)
         said |= {
             "plan": handle.plan, "rank": conductor.place.rank, "steps": conductor.steps,
             "promised": None if conductor.agreement._derived is None else [list(r) for r in conductor.agreement._derived],
             "recorded": [list(r) for r in conductor.agreement.order],
-            "beats": None if beats is None else {"state": str(beats.view.state), "dropped": beats.dropped, "alive": beats.alive},
+            "armed": [{"state": str(p.state), "step": p.step, "switches": p.switches, "why": p.why} for p in plans],
         }  # fmt: skip
         handle.detach()
-        said["restored"] = all("forward_one_chunk" not in s.__dict__ for s in getattr(schedule, "_stages", ()) or [schedule._stage])
+        said["restored"] = all(
+            "forward_one_chunk" not in s.__dict__ for s in getattr(schedule, "_stages", ()) or [schedule._stage]
+        )
     return said
 
 

@@ -1,6 +1,6 @@
 """The last ten minutes of every GPU's readings, kept compactly, and energy spans answered from them after the fact.
 
-House rules: memory is bounded by time and by count; a sample costs 36 bytes (10 Hz: 0.22 MB a GPU, 100 Hz: 2.2 MB); what is kept
+House rules: memory is bounded by time and by count; a sample costs 36 bytes (10 Hz: 0.2 MB a GPU, 100 Hz: 2.2 MB); what is kept
 is what was read, nothing is filled in.
 """
 

@@ -34,7 +34,8 @@ def step(table: JobTable, number: int, now_s: float, energy_j: float | None = 10
 
 
 def fill(store: Store) -> JobTable:
-    table = JobTable(store.append_job)
+    table = JobTable()
+    table.listeners.append(store.append_job)
     report(table, "start", 0.5)
     for number in range(1, 11):
         step(table, number, 2.0 * number)
@@ -51,7 +52,8 @@ def test_another_daemon_finds_what_the_first_one_knew(tmp_path: Path) -> None:
     before = fill(first)
     first.close()
     second = open_store(tmp_path)
-    after = JobTable(second.append_job)
+    after = JobTable()
+    after.listeners.append(second.append_job)
     after.load(*second.jobs(), 62 * NS, T0_NS + 62 * NS)
     assert after.view("train/1", 62 * NS) == before.view("train/1", 62 * NS)
     assert after.owner("train/1") == 1000

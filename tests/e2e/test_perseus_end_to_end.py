@@ -89,7 +89,9 @@ def test_the_plan_rests_on_what_was_measured_in_this_run(tmp_path: Path) -> None
             slower = 0.8 if (row["stage"], row["instruction"]) == ("7", "backward") else 0.5
             writer.writerow({**row, "time": float(row["time"]) * slower, "energy": float(row["energy"]) * slower})
     truth = {(row.stage, row.instruction, row.mhz): row for row in profile.read(path)}
-    with trained(Shape((0, 7), 1, microbatches=3, profile="never-seen"), path=path, lowest_clock_mhz=1100) as run:
+    with trained(
+        Shape((0, 7), 1, microbatches=3, profile="never-seen"), path=path, lowest_clock_mhz=1100, plan_locally=False
+    ) as run:
         said = told(run, planned(run))
     assert not path.exists()
     measured = profile.read(said["profile"])

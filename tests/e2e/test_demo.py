@@ -190,15 +190,20 @@ def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_at_any_time_it_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("part", ["sweep", "train"])
+def test_interrupted_at_any_time_it_leaves_nothing_running(tmp_path: Path, number: signal.Signals, part: str) -> None:
+    words = ["--parts", part, "--gpus", "2", "--seconds", "3000"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "powerd.demo", "--out", str(tmp_path / "out"), *SHORT, "--seconds", "3000"],
+        [sys.executable, "-m", "powerd.demo", "--out", str(tmp_path / "out"), *words],
         env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert child.stdout is not None
     for line in child.stdout:
         if "control is on" in line:
             break
+    while part == "train" and sum("--rank" in command for command in left_running(str(tmp_path))) < 8:
+        assert child.poll() is None
+        signal.sigtimedwait([], 0.05)
     child.send_signal(number)
     child.stdout.read()  # ends when the last process that could write to it has ended
     assert child.wait(30) == (130 if number is not signal.SIGKILL else -9)

@@ -63,6 +63,15 @@ def test_every_rank_profiles_plans_and_follows_its_plan(ranks: list[dict[str, An
     assert sum(own["armed"][0]["switches"] for own in said) > 8  # clocks really change
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_daemon_knows_the_job_and_what_its_steps_used(ranks: list[dict[str, Any]], name: str) -> None:
+    said = ranks[0][f"{name}:plain"]
+    state, steps, plan, energy_j, time_s = said["job"]
+    assert (state, steps, plan) == ("ended", 22, said["plan"]["id"])
+    assert 0.5 * said["plan"]["energy_j"] < energy_j < 3 * said["plan"]["baseline_j"]
+    assert said["plan"]["iteration_s"] * 0.8 < time_s
+
+
 def test_an_evaluation_pass_and_a_wrong_order_are_warned_of_once_and_training_goes_on(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         same_training(rank, "Schedule1F1B:disturbed")

@@ -20,7 +20,7 @@ from powerd_integrations.pipeline.agreement import Agreement, State
 from powerd_integrations.pipeline.diary import BASELINE, PROFILE, Diary, Page
 from powerd_integrations.pipeline.errands import Errands
 from powerd_integrations.pipeline.exchange import Exchange
-from powerd_integrations.pipeline.gpu import Observed, Ran
+from powerd_integrations.pipeline.gpu import Observed, Ran, iteration
 from powerd_integrations.pipeline.options import Options
 from powerd_integrations.pipeline.pace import telling
 from powerd_integrations.pipeline.place import Place
@@ -263,10 +263,9 @@ class Conductor:
         self._perform(self.agreement.hear(said))
 
     def _ran(self, step: tuple[Any, ...]) -> Ran:
-        begin, end, ran, marks = step
+        begin, end, what, marks = step
         times = self._timing.resolve([begin, *marks, end])
-        inner = times[1:-1]
-        return Ran(times[0], times[-1], tuple(zip(ran, inner[::2], inner[1::2], strict=True)))
+        return iteration(times[0], times[-1], what, times[1:-1])
 
     # -- what is said, by state -----------------------------------------------------------------------------------------------
 

@@ -210,6 +210,9 @@ def main() -> None:
         print(f"PHASE {training}", file=sys.stderr, flush=True)
         said[training] = train(name, PHASES[phase], rank, world, gpu, args.daemon)
         dist.barrier()
+        if phase == "plain":
+            job = Client().job(f"test-{name}")  # what the daemon knows of it
+            said[training]["job"] = [job.state, job.steps, job.plan, job.energy_per_retained_step_j, job.time_s]
     print(json.dumps(said), flush=True)
     dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ import psutil
 from benchmarks import energy as energy_windows
 from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
+from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -282,4 +283,5 @@ CASES = {
     "sinks": sinks,
     "energy": energy,
     "beats": beats,
+    "instructions": instructions,
 }

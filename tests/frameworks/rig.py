@@ -1,7 +1,7 @@
 """Training jobs in the frameworks' environment, on a simulated node that a real powerd controls.
 
-House rules: a job is a real program of its framework whose steps run measured kernels on the simulated GPU; it prints one JSON object
-as its last line; ranks are real processes that meet on gloo over loopback.
+House rules: a job is a real program of its framework whose steps run measured kernels on the simulated GPU; it prints one JSON
+object as its last line; ranks are real processes that meet on gloo over loopback.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping
     """Run a job with so many ranks; what each of them said. AssertionError with its output when one fails."""
     base = {
         **live.env, "PYTHONPATH": source_path(), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "0,1",
-        "POWERD_LOG": "info", **(env or {}),
+        "POWERD_JOB": name, **(env or {}),
     }  # fmt: skip
     if ranks > 1:
         base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
@@ -31,9 +31,10 @@ def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping
     for rank in range(ranks):
         own = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {**base, "CUDA_VISIBLE_DEVICES": "0"}
         argv = [str(torch_python()), str(JOBS / f"{name}.py"), *words]
+        pipe = subprocess.PIPE
         started.append(
-            subprocess.Popen(argv, env=own, cwd=live.root, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )  # fmt: skip
+            subprocess.Popen(argv, env=own, cwd=live.root, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+        )
     try:
         said = [process.communicate(timeout=PATIENCE_S) for process in started]
     finally:

@@ -20,6 +20,10 @@ def test_lightning_measures_and_tunes_a_fit(live: LiveNode) -> None:
     assert 0 < said["lowest_mhz"] < TOP_MHZ, "the search has tried a lower clock"
     assert said["while_saving"] == [480], "a third of the top clock, rounded up to one that there is"
     assert (said["lock_after_mhz"], said["leases"]) == (0, 0)
+    job = live.client.job("lightning_job")
+    assert (job.state, job.lost_steps, job.checkpoints) == ("ended", 0, 1)
+    assert 50 < job.steps <= 70, "all but the first, which are not measured"
+    assert job.energy_j == pytest.approx(said["energy_j"], rel=0.05)
 
 
 def test_lightning_gives_the_clock_back_after_an_exception(live: LiveNode) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from common import OPTIONS, compute, lock_mhz, rank, tell
+from common import OPTIONS, compute, lock_mhz, lowest, rank, tell
 from torch import distributed as dist
 
 from powerd.client import Client
@@ -35,6 +35,6 @@ both = [None, None]
 dist.all_gather_object(both, wanted)
 steps.close()
 dist.barrier()
-tell(steps, same=both[0] == both[1], tried=len({c for c in wanted if 0 < c < 1400}), lowest_mhz=min((c for c in seen if c), default=0),
+tell(steps, same=both[0] == both[1], tried=len({c for c in wanted if 0 < c < 1400}), lowest_mhz=lowest(seen),
      lock_after_mhz=lock_mhz(), leases=len(Client().leases()))  # fmt: skip
 dist.destroy_process_group()

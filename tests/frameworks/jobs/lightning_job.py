@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 import torch
-from common import OPTIONS, compute, lock_mhz, tell
+from common import OPTIONS, compute, lock_mhz, lowest, tell
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,5 +67,5 @@ try:
     trainer.fit(Tiny(), loader(400), loader(8))
 except RuntimeError as error:
     raised = str(error)
-tell(callback.steps, raised=raised, lowest_mhz=min((c for c in seen if c), default=0), lock_after_mhz=lock_mhz(),
+tell(callback.steps, raised=raised, lowest_mhz=lowest(seen), lock_after_mhz=lock_mhz(),
      leases=len(Client().leases()), global_step=trainer.global_step, while_saving=while_saving)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from common import OPTIONS, compute, gpu, lock_mhz, tell
+from common import OPTIONS, compute, gpu, lock_mhz, lowest, tell
 
 from powerd.client import Client
 from powerd_integrations.steps import Steps
@@ -49,5 +49,5 @@ steps.close()
 with steps.step():  # after the end: nothing, and no error
     pass
 more = {"waiting_mhz": waiting_mhz, "busy_mhz": busy_mhz} if "input" in sys.argv else {}
-tell(steps, lowest_mhz=min((c for c in seen if c), default=0), after_mhz=after_mhz, reset_mhz=reset_mhz, lock_after_mhz=lock_mhz(),
+tell(steps, lowest_mhz=lowest(seen), after_mhz=after_mhz, reset_mhz=reset_mhz, lock_after_mhz=lock_mhz(),
      caught=caught, leases=len(Client(on_error="log").leases()), **more)  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from benchmarks import energy as energy_windows
+from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
@@ -273,4 +274,12 @@ def sinks(report: Report, progress: Progress, seconds: float = 30.0) -> None:
     report.notes.append(f"{spent:.0f} s in real time with {len(open_windows)} open energy windows over all GPUs.")
 
 
-CASES = {"overhead": overhead, "snapshot": snapshot, "set": set_latency, "store": store, "sinks": sinks, "energy": energy}
+CASES = {
+    "overhead": overhead,
+    "snapshot": snapshot,
+    "set": set_latency,
+    "store": store,
+    "sinks": sinks,
+    "energy": energy,
+    "beats": beats,
+}

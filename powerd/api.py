@@ -87,6 +87,7 @@ class LeaseView:
     end: LeaseEnd | None = None
     token: str | None = None
     dry_run: bool = False
+    plans: tuple[PlanView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ class Explain:
     controls: tuple[ControlExplain, ...]
     leases: tuple[LeaseView, ...]
     recent_events: tuple[Event, ...]
+    plans: tuple[PlanView, ...] = ()  # clock plans on this GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,7 @@ class PlanView:
     ceiling_mhz: int | None
     switches: int  # clocks set since it was armed
     why: str = ""  # it is safe or has ended
+    number: int = 0  # what its beats carry
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +402,10 @@ ROUTES: tuple[Route, ...] = (
     Route("PATCH", "/v1/leases/{id}", "lease_change", "Replace its wants", request=LeaseChange, response=LeaseView),
     Route("POST", "/v1/leases/{id}/heartbeat", "lease_heartbeat", "Renew its TTL", response=LeaseView),
     Route("DELETE", "/v1/leases/{id}", "lease_release", "Release it; answers when the settings are undone", response=LeaseView),
+    Route("GET", "/v1/leases/{id}/plans", "plans", "Its clock plans", response=PlanView, many=True),
+    Route("POST", "/v1/leases/{id}/plans", "plan_arm", "Arm a clock plan; its beat socket comes on the attach connection",
+          request=PlanRequest, response=PlanView, max_body_bytes=1 << 20),
+    Route("DELETE", "/v1/leases/{id}/plans/{plan}", "plan_disarm", "Give it up, by id or number", response=Ack),
     Route("GET", "/v1/explain/{uuid}", "explain", "Why this GPU is set as it is", response=Explain),
     Route("POST", "/v1/windows", "window_begin", "Begin an energy window", request=WindowBegin, response=WindowView),
     Route("POST", "/v1/windows/{id}/end", "window_end", "End it and answer the energy with its uncertainty",
@@ -423,5 +430,7 @@ ROUTES: tuple[Route, ...] = (
 
 #: First message on the attach socket (SOCK_SEQPACKET, JSON): {"api": "1.0", "lease": id, "token": token}; the answer is an
 #: ErrorView or a LeaseView. From then on the lease lives no longer than this connection and the process that opened it.
+#: Later messages are LeaseViews, an ErrorView at its end, {"beats": plan id, "number": n} with one end of a beat socket, and
+#: {"plan": PlanView} when a clock plan is cut to another ceiling, falls back to its safe clock or ends.
 ATTACH_MAX_BYTES = 4096
 LEASE_TOKEN_HEADER = "Powerd-Lease-Token"  # noqa: S105 (a header's name, not a secret)

@@ -134,6 +134,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.node import Node, alive
     from powerd.notify import listen_sockets, notify, watchdog_ns
     from powerd.peer import group_id
+    from powerd.planroutes import PlanRoutes
     from powerd.server import Server
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
@@ -193,23 +194,26 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         attach = AttachServer(engine, attach_socket, rules, alive)
 
         def on_lease(lease: Any) -> None:
+            engine.plans.lease_changed(lease)
             attach.lease_changed(lease)
             if store is not None:
                 view: LeaseView = lease_view(engine, lease)
                 store.append_lease(view)
 
         book.on_lease = on_lease
+        engine.plans.on_plan = attach.plan_changed
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
         solver = Solver(clock)
         job_routes = JobRoutes(handlers, spans, jobs, solver)
         handlers.count_jobs = job_routes.count
-        server = Server(clock, {**handlers.table(), **job_routes.table()}, rules, lambda: tcp_token)
+        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table()}
+        server = Server(clock, routes, rules, lambda: tcp_token)
 
         # powerd-hw
         hw_socket = arguments.hw_socket or (run_dir / "hw" / "hw.sock")
         link = HwLink(hw_socket, clock, engine)
-        engine.hw = link
+        engine.hw = engine.plans.hw = link
         child = None
         if not arguments.hw_socket:
             make_dir(hw_socket.parent, 0o700)

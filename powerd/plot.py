@@ -31,15 +31,17 @@ def check(path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, inches; the same numbers always make the same file."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "powerd"  # the same numbers make the same file
+    rcParams["svg.hashsalt"] = "powerd"
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it in the kind that its name says; RequestError when that cannot be done."""
     check(path)
     try:
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
@@ -60,7 +62,7 @@ def energy_time(
     measured: Sequence[XY] = (),
 ) -> None:
     """Draw energy over time, one dot per clock, with the Pareto front, the chosen clocks and any reference."""
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.add_subplot()
     if measured:
         axes.plot(
@@ -89,7 +91,7 @@ def energy_time(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     for path in paths:
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def history(path: Path, view: HistoryView, names: Mapping[str, str], *, simulated: bool) -> None:
@@ -97,7 +99,7 @@ def history(path: Path, view: HistoryView, names: Mapping[str, str], *, simulate
     import datetime
 
     columns = list(dict.fromkeys(column for series in view.series for column in series.columns))
-    figure = _figure(8, 1.0 + 2.0 * max(1, len(columns)))
+    figure = new_figure(8, 1.0 + 2.0 * max(1, len(columns)))
     for row, column in enumerate(columns, 1):
         axes = figure.add_subplot(len(columns), 1, row)
         for series in view.series:
@@ -110,4 +112,4 @@ def history(path: Path, view: HistoryView, names: Mapping[str, str], *, simulate
         if row == 1:
             axes.set_title("history (UTC)" + (", simulated" if simulated else ""), fontsize=10)
             axes.legend(fontsize=7, ncol=4)
-    _save(figure, path)
+    save_figure(figure, path)

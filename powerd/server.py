@@ -72,7 +72,7 @@ class Server:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for route in ROUTES:
             app.router.add_route(route.method, route.path, self._guard(handlers[route.name], route.max_body_bytes))
-        app.router.add_route("*", "/{path:.*}", self._guard(self._nowhere))
+        app.router.add_route("*", "/{path:.*}", self._guard(self._nowhere, MAX_BODY_BYTES))
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=3600.0, shutdown_timeout=1.0)
 
     async def start(self, unix: socket.socket, tcp: TcpConfig | None = None) -> None:

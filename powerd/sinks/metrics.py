@@ -58,6 +58,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_config_last_reload_successful", "gauge", "", (), "1 when the configuration file as it stands is in force"),
     Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
     Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
+    Metric("powerd_plans_armed", "gauge", "", (), "Clock plans that are armed"),
+    Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats: begin, next, asked, wrong, ignored, late, closed"),
+    Metric("powerd_plan_switches", "counter", "", (), "Clocks that clock plans have set"),
     Metric("powerd_restore", "counter", "", ("cause",), "Settings put back to baseline, by cause"),
     Metric("powerd_drift", "counter", "", ("control",), "Settings that somebody else changed, by control"),
     Metric("powerd_energy_windows_open", "gauge", "", (), "Open energy windows"),
@@ -172,6 +175,13 @@ class Metrics(Collector):
             self.set("powerd_jobs", count, state)
         for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
             self.set(f"powerd_job_{name}", value)
+
+    def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
+        """The clock plans, and their sums since powerd started."""
+        self.set("powerd_plans_armed", armed)
+        self.set("powerd_plan_switches", switches)
+        for verdict, count in beats.items():
+            self.set("powerd_plan_beats", count, verdict)
 
     def store(self, rows: int, dropped: int, errors: int, size_bytes: int) -> None:
         """The embedded store's own counters."""

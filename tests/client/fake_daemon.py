@@ -29,6 +29,7 @@ from powerd.model import (
     LeaseEnd,
     LeaseState,
     Outcome,
+    PlanState,
     Reading,
     Setpoint,
     Support,
@@ -91,7 +92,11 @@ def explain(uuid: str) -> api.Explain:
     absent = api.ControlExplain(Control.MEMORY_CLOCK, False, "one clock only", None, None, None, None, None, None)
     event = Event(4, 1, 1_790_000_000_000_000_000, "lease_granted", uuid, "lease-1", "sm_clock 1200 MHz")
     return api.Explain(uuid, UUIDS.index(uuid), "NVIDIA A100-SXM4-80GB", "up", reading(0, uuid=uuid), ("sw_power_cap",),
-                       (control, absent), (), (event,))  # fmt: skip
+                       (control, absent), (), (event,), (plan_view(uuid),))  # fmt: skip
+
+
+def plan_view(uuid: str) -> api.PlanView:
+    return api.PlanView("perseus-7", "lease-1", uuid, PlanState.RUNNING, 48, 120, 17, 1200, 5777, number=9)
 
 
 def _refusal(want: Want) -> Any:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from powerd.api import ROUTES
-from powerd.errors import CODES
+from powerd.client import Client
+from powerd.errors import CODES, DeniedError, UnavailableError
 from tests.e2e.daemon_rig import Rig, limit, pin, rig
 
 NOBODY = 65534
@@ -47,15 +48,12 @@ def test_every_route_answers_and_only_the_listed_ones_exist(node: Rig) -> None:
     }  # fmt: skip
     ids = {"window_end": window["id"]}
     order = sorted(
-        ROUTES,
-        key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "job", r.name == "resume"),
+        ROUTES, key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "job", r.name == "resume")
     )
     for route in order:
-        if route.name in ("stream", "perseus_plan"):
-            continue  # has its own tests
-        path = (
-            route.path.replace("{uuid}", node.hw.uuids[0]).replace("{job}", "j").replace("{id}", ids.get(route.name, lease["id"]))
-        )
+        if route.name in ("stream", "perseus_plan", "plan_arm", "plan_disarm"):
+            continue  # have their own tests
+        path = route.path.replace("{uuid}", node.hw.uuids[0]).replace("{job}", "j").replace("{id}", ids.get(route.name, lease["id"]))
         status, body, headers = node.exchange(route.method, path, bodies.get(route.name))
         assert status == 200, (route.name, body)
         assert headers["Powerd-Api"] == "1.0", route.name
@@ -425,6 +423,15 @@ def test_tls_is_served(own: Rig) -> None:
     own.start()
     context = ssl.create_default_context(cafile=str(certificate))
     assert ask_tcp(port, "GET", "/v1/node", context=context, Authorization="Bearer " + "s" * 32)[0] == 200
+    with Client(url=f"https://127.0.0.1:{port}", token_file=own.folder / "token", ca_file=certificate) as trusting:
+        assert len(trusting.snapshot().readings) == 2
+        lease = trusting.lease(own.hw.uuids[:1], sm_clock_mhz=900, reason="from afar", detached=True)
+        assert lease.held
+        lease.release()
+    with Client(url=f"https://127.0.0.1:{port}", token_file=own.folder / "token") as doubting, pytest.raises(UnavailableError):
+        doubting.snapshot()  # nobody vouches for this certificate
+    with Client(url=f"https://127.0.0.1:{port}", ca_file=certificate) as unknown, pytest.raises(DeniedError):
+        unknown.snapshot()
 
 
 @pytest.mark.parametrize(

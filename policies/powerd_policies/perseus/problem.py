@@ -66,18 +66,56 @@ class Dag:
     edges: Ints  # [edges, 2]
     ranks: int
 
+    @cached_property
+    def before(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes that each node waits for."""
+        return self._neighbours(1, 0)
+
+    @cached_property
+    def after(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes that wait for each node."""
+        return self._neighbours(0, 1)
+
+    def _neighbours(self, key: int, value: int) -> tuple[tuple[int, ...], ...]:
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for edge in self.edges.tolist():
+            found[edge[key]].append(edge[value])
+        return tuple(tuple(neighbours) for neighbours in found)
+
+    def ends(self, times_s: Floats) -> list[float]:
+        """When every node ends if each starts as early as it can, in seconds."""
+        # Plain lists: for a few thousand nodes with two neighbours each they beat numpy, level by level.
+        end: list[float] = []
+        for time, before in zip(times_s.tolist(), self.before, strict=True):
+            start = 0.0
+            for node in before:
+                if end[node] > start:
+                    start = end[node]
+            end.append(start + time)
+        return end
+
     def schedule(self, times_s: Floats) -> tuple[Floats, Floats, float]:
         """Earliest start and latest start of every node and the iteration time, in seconds."""
-        early = [0.0] * len(self.nodes)
+        end = self.ends(times_s)
+        total = max(end, default=0.0)
         times = times_s.tolist()
-        edges = self.edges.tolist()
-        for before, after in edges:
-            early[after] = max(early[after], early[before] + times[before])
-        total = max((e + t for e, t in zip(early, times, strict=True)), default=0.0)
-        late = [total - t for t in times]
-        for before, after in reversed(edges):  # sorted by after: every later node is final before it is used
-            late[before] = min(late[before], late[after] - times[before])
-        return np.array(early), np.array(late), total
+        late = [0.0] * len(times)
+        for node in range(len(times) - 1, -1, -1):
+            until = total
+            for after in self.after[node]:
+                if late[after] < until:
+                    until = late[after]
+            late[node] = until - times[node]
+        return np.array(end) - times_s, np.array(late), total
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The options of every table as arrays, in the tables' own order."""
+
+    times_s: tuple[Floats, ...]
+    energies_j: tuple[Floats, ...]
+    effective_j: tuple[Floats, ...]  # energy less what blocking for the same time would take: what a plan minimises
 
 
 @dataclass(frozen=True)
@@ -88,6 +126,21 @@ class Problem:
     tables: tuple[tuple[Option, ...], ...]
     table: Ints
     blocking_power_w: float  # of one rank that waits for another
+    measured: tuple[
+        tuple[Option, ...], ...
+    ] = ()  # like tables, before the Pareto filter: the highest clock need not be on the front
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Times and energies for arithmetic."""
+        times = tuple(np.array([option.time_s for option in table]) for table in self.tables)
+        energies = tuple(np.array([option.energy_j for option in table]) for table in self.tables)
+        effective = tuple(e - self.blocking_power_w * t for t, e in zip(times, energies, strict=True))
+        return Columns(times, energies, effective)
+
+    def blocking_j(self, time_s: float) -> float:
+        """What all ranks would take if they did nothing but wait for so long."""
+        return self.blocking_power_w * self.dag.ranks * time_s
 
 
 @dataclass(frozen=True)
@@ -102,7 +155,7 @@ class Plan:
     @cached_property
     def times_s(self) -> Floats:
         """The duration of every node."""
-        return self._column([[option.time_s for option in table] for table in self.problem.tables])
+        return self._chosen(self.problem.columns.times_s)
 
     @cached_property
     def iteration_time_s(self) -> float:
@@ -112,11 +165,8 @@ class Plan:
     @cached_property
     def energy_j(self) -> float:
         """Of all ranks, blocking until the deadline included."""
-        busy_j = float(self._column([[option.energy_j for option in table] for table in self.problem.tables]).sum())
-        blocked_s = self.problem.dag.ranks * self.deadline_s - float(self.times_s.sum())
-        return busy_j + self.problem.blocking_power_w * blocked_s
+        return float(self._chosen(self.problem.columns.effective_j).sum()) + self.problem.blocking_j(self.deadline_s)
 
-    def _column(self, values: list[list[float]]) -> Floats:
-        flat = np.array([value for row in values for value in row])
-        first = np.cumsum([0, *(len(row) for row in values[:-1])])
-        return flat[first[self.problem.table] + self.choice]
+    def _chosen(self, columns: Sequence[Floats]) -> Floats:
+        first = np.cumsum([0, *(len(column) for column in columns[:-1])])
+        return np.concatenate(columns)[first[self.problem.table] + self.choice]

@@ -1,0 +1,168 @@
+"""From times between clocks to clocks that exist, never later than the deadline and close to the bound.
+
+House rules: pure and deterministic; what a plan takes above the lower bound is exactly the sum of its reduced costs (an option's
+effective energy plus its time at the node's price, above the least such sum) and of the slack on its edges at their prices, so
+that partial plans can be compared while they are built; a plan that would be late is never a candidate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from powerd_policies.perseus.problem import Floats, Ints, Problem
+from powerd_policies.perseus.relax import Relaxed
+
+TOLERANCE = 1e-12  # of the deadline: float error of a longest path
+EXACT_WIDTH = 20_000  # partial plans kept when all of them are wanted
+EXACT_NODES = 12
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the search may use of each node's table."""
+
+    options: list[Ints]  # indices into the node's table
+    times_s: list[Floats]
+    above_j: list[Floats]  # reduced cost
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan and whether nothing was left out on the way to it."""
+
+    choice: Ints
+    above_j: float  # above the lower bound
+    complete: bool
+
+
+def fastest_times(problem: Problem) -> Floats:
+    """Of every node: the least time of its table."""
+    return np.array([column.min() for column in problem.columns.times_s])[problem.table]
+
+
+def round_down(problem: Problem, relaxed: Relaxed) -> Ints:
+    """The option of least effective energy that is no slower than the relaxed time, or the fastest."""
+    choice = np.zeros(len(problem.table), np.int64)
+    for index, (times, energies) in enumerate(zip(problem.columns.times_s, problem.columns.effective_j, strict=True)):
+        members = np.flatnonzero(problem.table == index)
+        fits = times[None, :] <= relaxed.times_s[members][:, None]
+        best = np.where(fits, energies[None, :], np.inf).argmin(axis=1)
+        choice[members] = np.where(fits.any(axis=1), best, times.argmin())
+    return choice
+
+
+def candidates(problem: Problem, relaxed: Relaxed, count: int, most_j: float = np.inf) -> Candidates:
+    """The cheapest ``count`` options of each node below ``most_j``, its fastest and the one below its relaxed time."""
+    found = Candidates([], [], [])
+    below = round_down(problem, relaxed)
+    for node, table in enumerate(problem.table.tolist()):
+        times, energies = problem.columns.times_s[table], problem.columns.effective_j[table]
+        priced = energies + relaxed.price_w[node] * times
+        priced = priced - priced.min()
+        picked = np.argsort(priced, kind="stable")[:count]
+        picked = picked[priced[picked] <= most_j]
+        picked = np.union1d(picked, [below[node], times.argmin()])
+        found.options.append(picked)
+        found.times_s.append(times[picked])
+        found.above_j.append(priced[picked])
+    return found
+
+
+def beam(
+    problem: Problem, relaxed: Relaxed, deadline_s: float, options: Candidates, width: int, eager: float, most_j: float = np.inf
+) -> Found | None:
+    """Build plans node by node in the order of their start, keeping the ``width`` best partial ones.
+
+    ``eager`` is the share of a node's price at which ending before the relaxed plan counts as waste already.
+    """
+    dag = problem.dag
+    _, late, total = dag.schedule(relaxed.times_s)
+    fastest = fastest_times(problem)
+    _, latest, shortest = dag.schedule(fastest)
+    limit = latest + fastest + (deadline_s - shortest)  # later than this nobody can make up for
+    due = np.minimum(late + relaxed.times_s + (deadline_s - total), limit)
+    limit = limit + deadline_s * TOLERANCE
+    order = np.lexsort((np.arange(len(late)), late)).tolist()
+    edge_price = dict(zip(map(tuple, dag.edges.tolist()), relaxed.edge_price_w.tolist(), strict=True))
+    waiting = [len(after) for after in dag.after]
+    above = np.zeros(1)
+    row: dict[int, int] = {}
+    free: list[int] = []
+    ends = np.zeros((0, 1))
+    trail: list[tuple[int, Ints, Ints]] = []
+    complete = True
+    for node in order:
+        before = dag.before[node]
+        start = np.zeros(len(above))
+        for other in before:
+            start = np.maximum(start, ends[row[other]])
+        so_far = above
+        for other in before:
+            price = edge_price[other, node]
+            if price > 0:
+                so_far = so_far + price * (start - ends[row[other]])
+        price = float(relaxed.price_w[node])
+        end = start[:, None] + options.times_s[node][None, :]
+        cost = so_far[:, None] + options.above_j[node][None, :]
+        if not dag.after[node]:
+            cost = cost + price * np.maximum(0.0, deadline_s - end)
+        early = due[node] - end
+        rank = cost + np.where(early > 0, eager * price * early, -5.0 * (price + problem.blocking_power_w) * early)
+        rank = np.where((end <= limit[node]) & (cost <= most_j), rank, np.inf).ravel()
+        keep = int(np.isfinite(rank).sum())
+        if not keep:
+            return None
+        if keep > width:
+            keep, complete = width, False
+        picked = np.argpartition(rank, keep - 1)[:keep] if keep < len(rank) else np.arange(len(rank))
+        parent, option = np.divmod(picked, len(options.times_s[node]))
+        above = cost.ravel()[picked]
+        for other in before:
+            waiting[other] -= 1
+            if not waiting[other]:
+                free.append(row.pop(other))
+        ends = ends[:, parent]
+        if free:
+            row[node] = free.pop()
+            ends[row[node]] = end.ravel()[picked]
+        else:
+            row[node] = len(ends)
+            ends = np.vstack([ends, end.ravel()[picked]])
+        trail.append((node, parent, options.options[node][option]))
+    choice = np.zeros(len(order), np.int64)
+    best = index = int(above.argmin())
+    for node, parent, taken in reversed(trail):
+        choice[node] = taken[index]
+        index = int(parent[index])
+    return Found(choice, float(above[best]), complete)
+
+
+def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float) -> Ints:
+    """An option of every node, in time; exact when there are few nodes."""
+    base = problem.blocking_j(deadline_s) - relaxed.lower_bound_j
+    table = np.array([len(column) for column in problem.columns.times_s])
+    first = np.cumsum([0, *table[:-1]])
+    effective = np.concatenate(problem.columns.effective_j)
+    times = np.concatenate(problem.columns.times_s)
+
+    def above_j(choice: Ints) -> float:
+        flat = first[problem.table] + choice
+        if max(problem.dag.ends(times[flat]), default=0.0) > deadline_s * (1 + TOLERANCE):
+            return np.inf
+        return float(effective[flat].sum()) + base
+
+    quickest = np.array([column.argmin() for column in problem.columns.times_s])[problem.table]
+    found = [quickest, round_down(problem, relaxed)]
+    options = candidates(problem, relaxed, 4)
+    for eager in (0.1, 0.3, 1.0):
+        if (plan := beam(problem, relaxed, deadline_s, options, 64, eager)) is not None:
+            found.append(plan.choice)
+    best = min(found, key=above_j)
+    if len(best) <= EXACT_NODES:
+        most = above_j(best) + 1e-9 * abs(relaxed.lower_bound_j)
+        everything = candidates(problem, relaxed, int(table.max()), most)
+        if (plan := beam(problem, relaxed, deadline_s, everything, EXACT_WIDTH, 0.0, most)) is not None:
+            best = min(best, plan.choice, key=above_j)
+    return best

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from powerd.api import JobEvent, JobStep
-from powerd.client.lease import _start
+from powerd.client.background import start as _start
 from powerd.client.nodetime import node_now_ns
 from powerd.client.pace import Pacer
 from powerd.errors import PowerdError, RequestError

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,7 @@ def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping
         started.append(
             subprocess.Popen(argv, env=own, cwd=live.root, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
         )
-    try:
-        said = [process.communicate(timeout=PATIENCE_S) for process in started]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    said = _both(started)
     for process, (out, err) in zip(started, said, strict=True):
         assert process.returncode == 0, f"{name} ended with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
     return [{**_last(out), "stderr": err} for out, err in said]
@@ -51,3 +47,19 @@ def _last(out: str) -> dict[str, Any]:
     lines: Sequence[str] = [line for line in out.splitlines() if line.startswith("{")]
     assert lines, f"the job said nothing: {out[-2000:]}"
     return dict(json.loads(lines[-1]))
+
+
+def _both(started: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What every process said, on both channels; when one fails the others are not waited for long."""
+    with ThreadPoolExecutor(len(started)) as pool:
+        waiting = [pool.submit(process.communicate) for process in started]
+        end_s = time.monotonic() + PATIENCE_S
+        while not all(one.done() for one in waiting):
+            wait(waiting, timeout=1.0)
+            failed = any(one.done() and process.returncode for one, process in zip(waiting, started, strict=True))
+            if failed:
+                end_s = min(end_s, time.monotonic() + 5)
+            if time.monotonic() > end_s:
+                for process in started:
+                    process.kill()
+        return [one.result() for one in waiting]

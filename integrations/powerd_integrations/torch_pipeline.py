@@ -146,17 +146,15 @@ def stages_of(schedule: Any) -> tuple[Any, ...]:
 
 def order_of(schedule: Any) -> tuple[RankOrder, ...] | None:
     """What each rank of a torch schedule will run; None when its kind is not known, so that only the recorded order counts."""
-    planned = getattr(schedule, "pipeline_order", None)
-    if planned:
-        return tuple(tuple(_flat(planned[rank])) for rank in sorted(planned))
     name = {"ScheduleGPipe": "gpipe", "Schedule1F1B": "1f1b"}.get(type(schedule).__name__)
     if name is None:
-        return None
+        planned = getattr(schedule, "pipeline_order", None)
+        return None if not planned else tuple(tuple(_flat(planned[rank])) for rank in sorted(planned))
     try:
         from powerd_policies.perseus import schedules
     except ImportError:  # powerd[plan] is not installed here
         return None
-    made = schedules.order(name, schedule._num_stages, schedule._n_microbatches)
+    made = schedules.order(name, schedule._num_stages, schedule._n_microbatches)  # torch's own of 1F1B is wrong
     return tuple(tuple((i.stage, str(i.kind), i.microbatch) for i in rank) for rank in made)
 
 

@@ -193,7 +193,15 @@ class Job:
         order = schedules.order(name, ranks, microbatches)
         total = ranks * pipelines
         self.exchange = Barrier(total)
-        chosen: dict[str, Any] = {"background": False, "cache": tmp_path, "clock_stride": 1, "iterations_per_clock": 2, **options}
+        chosen: dict[str, Any] = {
+            "background": False,
+            "patience": 2,
+            "report": False,
+            "cache": tmp_path,
+            "clock_stride": 1,
+            "iterations_per_clock": 2,
+            **options,
+        }
         self.ranks = []
         for n in range(total):
             pipeline, rank = divmod(n, ranks)

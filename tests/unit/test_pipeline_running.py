@@ -36,7 +36,9 @@ def test_every_rank_beats_its_plan_in_order_and_the_iteration_takes_no_longer(tm
     assert plan["iteration_s"] <= plan["deadline_s"] * (1 + 1e-9)
 
 
-def test_evaluation_and_broken_steps_mean_the_safe_clock_and_training_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_and_broken_steps_mean_the_safe_clock_and_training_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     job = Job(tmp_path)
     job.until("running")
     job.steps(2)

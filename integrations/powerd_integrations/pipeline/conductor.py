@@ -19,6 +19,7 @@ from powerd.client import Client
 from powerd_integrations.pipeline import agreement as agreed
 from powerd_integrations.pipeline import measured, planning
 from powerd_integrations.pipeline.agreement import Agreement, State
+from powerd_integrations.pipeline.diary import BASELINE, PROFILE, Diary, Page
 from powerd_integrations.pipeline.exchange import Exchange
 from powerd_integrations.pipeline.gpu import Gpu, Observed, Ran
 from powerd_integrations.pipeline.measured import Sheet
@@ -62,6 +63,11 @@ class Conductor:
         self._mark, self._announce = self._timing.mark, self._timing.announce
         self._gpu = Gpu(client, uuid, self.options, str(place))
         self._worker = Worker(self.options.background)
+        about = (self._worker, self.options.first_step, lambda: self._gpu.uuid if self._gpu.ready else None)
+        self._diary = Diary(client, self.options.job, place, *about) if self.options.report else None
+        self._begin_ns = 0
+        self._straight = False
+        self._clock_mhz: float | None = None
         self._planner: planning.Planner | None = None
         self._planned: Future[list[dict[str, Any]]] | None = None
         self._measuring: Future[Sheet | None] | None = None
@@ -100,6 +106,10 @@ class Conductor:
             if self._arming is not None and self._arming.done():
                 self._take_beats()
             self._begin_mark = self._mark()
+            if self._diary is not None:
+                self._begin_ns = self._now_ns()
+                self._diary.begin(self._begin_ns, self._straight)
+                self._straight = False
             if self._beats is not None:
                 self._follows = True
                 if not self._announced:
@@ -211,6 +221,9 @@ class Conductor:
         if not whole or not is_training(self._keys):
             return  # an evaluation pass, or a step that broke off: no step for anybody
         self.steps += 1
+        if self._diary is not None:
+            self._straight = True
+            self._diary.add(self._page(followed))
         if self._keep and as_agreed:
             self._kept.append(step)
         if followed and as_agreed:
@@ -222,6 +235,13 @@ class Conductor:
         self._perform(self.agreement.step())
         while self.agreement.due and not self._off:
             self._talk(tuple(self._keys))
+
+    def _page(self, followed: bool) -> Page:
+        name = PROFILE if self.agreement.state is State.PROFILING else BASELINE
+        clock_mhz: float | None = float(self._gpu.top_mhz) if self._gpu.clocks_mhz and name == BASELINE else None
+        if self._beats is not None and self.plan is not None:
+            name, clock_mhz = (str(self.plan["id"]), self._clock_mhz) if followed else ("safe", None)
+        return Page(self.steps, self._begin_ns, self._now_ns(), name, clock_mhz)
 
     def _talk(self, ran: tuple[Key, ...]) -> None:
         words: dict[str, Any] = {"name": str(self.place), "place": list(astuple(self.place))}
@@ -291,16 +311,16 @@ class Conductor:
         if self._observing is not None and self._observing.done():
             done, self._observing = self._observing, None
             self._observed = {} if done.exception() is not None else done.result()
-        ratios: dict[int, list[float]] = {}
+        ratios: dict[int, list[tuple[float, float]]] = {}
         for ((stage, _, _), begin_ns, end_ns), expected_s in zip(step.instructions, self._expected_s, strict=True):
             if expected_s is None:
                 continue
-            ratios.setdefault(stage, []).append((end_ns - begin_ns) / 1e9 / expected_s)
+            ratios.setdefault(stage, []).append(((end_ns - begin_ns) / 1e9, expected_s))
         stages = []
         for stage, all_of in ratios.items():
             ratio, seen = _telling(all_of), self._observed.get(stage, Observed(None, ()))
             stages.append([stage, ratio, seen.ceiling_mhz, list(seen.reasons)])
-            if ratio > 1.0 + self.options.tolerance and self._observing is None:
+            if ratio > 1.0 + 2 * self.options.tolerance and self._observing is None:
                 clocks = self.plan["clocks"][self.place.rank]
                 self._observing = self._worker.submit(partial(self._gpu.observe, step, clocks))
         return {"time_s": step.whole_s if self.place.rank == 0 else step.busy_s, "stages": stages}
@@ -360,6 +380,8 @@ class Conductor:
         slow = self.agreement.stages.of(self.place.pipeline)
         expected = planning.expected_s(self.agreement.profile.rows, slow)
         self._expected_s = [expected.get((s, k, mhz)) for (s, k, _), mhz in zip(self._expected, clocks, strict=True)]
+        known = [(mhz, time_s) for mhz, time_s in zip(clocks, self._expected_s, strict=True) if mhz and time_s]
+        self._clock_mhz = sum(mhz * time_s for mhz, time_s in known) / sum(time_s for _, time_s in known) if known else None
         self._arming = self._worker.submit(partial(self._gpu.arm, plan["id"], clocks, plan["iteration_s"]))
         if not self.options.background:
             self._take_beats()
@@ -371,7 +393,7 @@ class Conductor:
         self._send = _nobody if beats is None else beats.send
         self._announced = False
         self._whole.clear()
-        if before is not None and before is not beats:
+        if before is not None and beats is None:  # a new plan takes the old one's place by itself
             self._worker.submit(before.close)
 
     def _mend(self) -> None:
@@ -397,6 +419,8 @@ class Conductor:
             return
         self._off = True
         beats, self._beats, self._send = self._beats, None, _nobody
+        if self._diary is not None:
+            self._diary.close(self.agreement.why_off)
         self._worker.submit(partial(self._give_back, beats))
 
     def _give_back(self, beats: Beats | None) -> None:
@@ -406,11 +430,12 @@ class Conductor:
         self._timing.close()
 
 
-def _telling(ratios: Sequence[float]) -> float:
-    """Of measured over expected times, the one that tells most of a stage: a ceiling slows only what was to run above it."""
-    ordered = sorted(ratios)
-    low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
-    return high if high - 1.0 >= 1.0 - low else low
+def _telling(times: Sequence[tuple[float, float]]) -> float:
+    """How much longer a stage's work takes than expected, from (measured, expected) of each instruction, without the odd ones."""
+    ordered = sorted(times, key=lambda pair: pair[0] / pair[1])
+    odd = len(ordered) // 8
+    counted = ordered[odd : len(ordered) - odd]
+    return sum(measured_s for measured_s, _ in counted) / sum(expected_s for _, expected_s in counted)
 
 
 def _nobody(step: int, index: int) -> None:

@@ -34,11 +34,13 @@ class Options:
     rises: int = 5  # stop when energy has risen so many clocks in a row
     cache: Path | None = field(default_factory=default_cache)  # None: never kept
     tolerance: float = 0.03  # what counts as slow, as a share
-    patience: int = 2  # for so many exchanges in a row
+    patience: int = 3  # for so many exchanges in a row
     exchange_steps: int = 2  # ranks exchange their times every so many steps
     blocking_power_w: float | None = None  # None: measured
     safe_clock_mhz: int | None = None  # holds when the plan does not; None: the highest
     job: str = "training"
+    report: bool = True  # tell the daemon of every step, for powerctl jobs and the store
+    first_step: int = 0  # training goes on after this step of an earlier start
     plan_locally: bool | None = None  # None: where powerd[plan] is installed, else the daemon plans
     background: bool = True
 
@@ -46,7 +48,7 @@ class Options:
         for name, low, high in (
             ("slowdown", 0.0, 10.0), ("iterations_per_clock", 1, 1000), ("settle_iterations", 1, 1000),
             ("clock_stride", 1, 1000), ("rises", 1, 1000), ("tolerance", 0.001, 1.0), ("patience", 1, 1000),
-            ("exchange_steps", 1, 100000),
+            ("exchange_steps", 1, 100000), ("first_step", 0, 1 << 60),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from powerd.client import Client
 from powerd.sim.workload import Context
 from powerd_integrations.torch_pipeline import optimize
 
 WIDTH = 16
-UNITS = 0.05  # of a measured microbatch
+MICROBATCHES = 4
+UNITS = 0.03  # of a measured microbatch
 MEASURED_STAGES = (0, 2, 5, 7)
 
 
@@ -89,55 +92,97 @@ def build(name: str, rank: int, world: int, microbatches: int, gpu: Gpu) -> tupl
     return schedule, mine, 0 in indices, count - 1 in indices
 
 
-def train(args: argparse.Namespace, name: str, rank: int, world: int, gpu: Gpu, with_powerd: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Phase:
+    """One training: how many steps, and what happens in it."""
+
+    steps: int
+    powerd: bool = True
+    socket: str | None = None
+    evaluate_at: int = -1
+    disturb_at: int = -1
+    kill_at: int = -1
+
+
+PHASES = {
+    "alone": Phase(24, powerd=False),
+    "plain": Phase(22),
+    "missing": Phase(6, socket="/nonexistent/powerd.sock"),
+    "disturbed": Phase(24, evaluate_at=17, disturb_at=19),
+    "killed": Phase(22, kill_at=17),
+}
+
+
+def train(name: str, phase: Phase, rank: int, world: int, gpu: Gpu, daemon: int) -> dict[str, Any]:
     """Train for so many steps; losses as exact hexadecimal numbers, and what became of the clocks."""
-    gpu.off = not with_powerd
-    schedule, modules, first, last = build(name, rank, world, args.microbatches, gpu)
+    gpu.off = not phase.powerd
+    schedule, modules, first, last = build(name, rank, world, MICROBATCHES, gpu)
     optimizer = torch.optim.SGD([p for m in modules for p in m.parameters()], lr=0.05)
     handle = None
-    if with_powerd:
+    if phase.powerd:
+        client = None if phase.socket is None else Client(phase.socket, on_error="log")
         handle = optimize(
-            schedule, iterations_per_clock=args.iterations, clock_stride=args.stride, lowest_clock_mhz=900, rises=2,
-            exchange_steps=1, cache=None, job=f"test-{name}",
+            schedule, client=client, iterations_per_clock=2, clock_stride=12, lowest_clock_mhz=900, rises=2, exchange_steps=1,
+            cache=None, job=f"test-{name}",
         )  # fmt: skip
     data = torch.Generator().manual_seed(11)
     losses: list[str] = []
+    weights: list[str] = []
     states: list[str] = []
-    for step in range(args.steps):
-        x = torch.randn(2 * args.microbatches, WIDTH, generator=data)
-        y = torch.randn(2 * args.microbatches, WIDTH, generator=data)
-        if with_powerd and step == args.kill_at and rank == 0:
-            os.kill(args.kill, signal.SIGKILL)
-        if step == args.evaluate_at:
+    for step in range(phase.steps):
+        x = torch.randn(2 * MICROBATCHES, WIDTH, generator=data)
+        y = torch.randn(2 * MICROBATCHES, WIDTH, generator=data)
+        if step == phase.kill_at and rank == 0:
+            os.kill(daemon, signal.SIGKILL)
+        if step == phase.evaluate_at:
             with torch.no_grad():
                 one_pass(schedule.eval, x, y, first, last)
-        if step == args.disturb_at and with_powerd:
-            with torch.no_grad():  # a pass with fewer stages' work in another order: a rank calls a stage by itself
-                handle.conductor.begin(99, "forward", 0)
-                handle.conductor.end(99, "forward", 0)
+        if step == phase.disturb_at:  # the next step begins with something that no plan has
+            schedule._stage.forward_one_chunk = wrong_first(schedule._stage, handle.conductor)
         found = one_pass(schedule.step, x, y, first, last)
         losses.append(float(sum(loss.item() for loss in found)).hex() if found else "")
         optimizer.step()
         optimizer.zero_grad()
+        weights.append(
+            hashlib.sha256(b"".join(p.detach().numpy().tobytes() for m in modules for p in m.parameters())).hexdigest()
+        )
         if handle is not None and (not states or states[-1] != str(handle.state)):
             states.append(str(handle.state))
-    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for m in modules for p in m.parameters())).hexdigest()
     said: dict[str, Any] = {"losses": losses, "weights": weights, "states": states}
     if handle is not None and handle.conductor is not None:
-        conductor = handle.conductor
-        lease = conductor._gpu._lease
-        plans = [] if lease is None or not lease.held else conductor._gpu.client.plans(lease.id, lease.token)
-        said |= {
-            "plan": handle.plan, "rank": conductor.place.rank, "steps": conductor.steps,
-            "promised": None if conductor.agreement._derived is None else [list(r) for r in conductor.agreement._derived],
-            "recorded": [list(r) for r in conductor.agreement.order],
-            "armed": [{"state": str(p.state), "step": p.step, "switches": p.switches, "why": p.why} for p in plans],
-        }  # fmt: skip
+        said |= outcome(handle)
         handle.detach()
-        said["restored"] = all(
-            "forward_one_chunk" not in s.__dict__ for s in getattr(schedule, "_stages", ()) or [schedule._stage]
+        said["restored"] = not any(
+            "forward_one_chunk" in s.__dict__ for s in getattr(schedule, "_stages", ()) or [schedule._stage]
         )
     return said
+
+
+def outcome(handle: Any) -> dict[str, Any]:
+    """What became of the clocks of this rank."""
+    conductor = handle.conductor
+    lease = conductor._gpu._lease
+    plans = [] if lease is None or not lease.held else conductor._gpu.client.plans(lease.id, lease.token)
+    promised = conductor.agreement._derived
+    return {
+        "plan": handle.plan, "rank": conductor.place.rank, "steps": conductor.steps,
+        "promised": None if promised is None else [list(r) for r in promised],
+        "recorded": [list(r) for r in conductor.agreement.order],
+        "armed": [{"state": str(p.state), "step": p.step, "switches": p.switches, "why": p.why} for p in plans],
+    }  # fmt: skip
+
+
+def wrong_first(stage: Any, conductor: Any) -> Any:
+    """The stage's forward, once with another instruction in front."""
+    wrapped = stage.__dict__["forward_one_chunk"]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        stage.forward_one_chunk = wrapped
+        conductor.begin(99, "forward", 0)
+        conductor.end(99, "forward", 0)
+        return wrapped(*args, **kwargs)
+
+    return forward
 
 
 def one_pass(call: Any, x: torch.Tensor, y: torch.Tensor, first: bool, last: bool) -> list[torch.Tensor]:
@@ -149,29 +194,23 @@ def one_pass(call: Any, x: torch.Tensor, y: torch.Tensor, first: bool, last: boo
 
 
 def main() -> None:
-    """Every schedule without and with powerd."""
+    """Every (schedule:phase) that is named, one after another."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("schedules", nargs="+")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--iterations", type=int, default=2)
-    parser.add_argument("--stride", type=int, default=12)
-    parser.add_argument("--evaluate-at", type=int, default=-1)
-    parser.add_argument("--disturb-at", type=int, default=-1)
-    parser.add_argument("--kill-at", type=int, default=-1)
-    parser.add_argument("--kill", type=int, default=0)
+    parser.add_argument("trainings", nargs="+", metavar="SCHEDULE:PHASE")
+    parser.add_argument("--daemon", type=int, default=0, help="the process that a phase kills")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     gpu = Gpu(int(os.environ["LOCAL_RANK"]), world)
-    said = {
-        name: {"alone": train(args, name, rank, world, gpu, False), "powerd": train(args, name, rank, world, gpu, True)}
-        for name in args.schedules
-    }
+    said = {}
+    for training in args.trainings:
+        name, _, phase = training.partition(":")
+        print(f"PHASE {training}", file=sys.stderr, flush=True)
+        said[training] = train(name, PHASES[phase], rank, world, gpu, args.daemon)
+        dist.barrier()
     print(json.dumps(said), flush=True)
-    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -11,8 +11,8 @@ whatever fails here, training goes on as if this line were not there; every rank
 
 The schedules start and stop timers around every forward and backward (``forward-compute``, ``backward-compute``) and around the
 whole (``forward-backward``), whatever the user's log level is. Timers do not say which microbatch it is: both passes take them in
-a fixed sequence, so counting tells. A pass without a backward is an evaluation. Schedules that run a forward and a backward at once
-(combined 1F1B for mixtures of experts) are left alone after one warning.
+a fixed sequence, so counting tells. A pass without a backward is an evaluation. Schedules that run a forward and a backward at
+the same time (combined 1F1B for mixtures of experts) are left alone after one warning.
 """
 
 from __future__ import annotations

@@ -48,12 +48,15 @@ def test_every_route_answers_and_only_the_listed_ones_exist(node: Rig) -> None:
     }  # fmt: skip
     ids = {"window_end": window["id"]}
     order = sorted(
-        ROUTES, key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "job", r.name == "resume")
+        ROUTES,
+        key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "job", r.name == "resume"),
     )
     for route in order:
         if route.name in ("stream", "perseus_plan", "plan_arm", "plan_disarm"):
             continue  # have their own tests
-        path = route.path.replace("{uuid}", node.hw.uuids[0]).replace("{job}", "j").replace("{id}", ids.get(route.name, lease["id"]))
+        path = (
+            route.path.replace("{uuid}", node.hw.uuids[0]).replace("{job}", "j").replace("{id}", ids.get(route.name, lease["id"]))
+        )
         status, body, headers = node.exchange(route.method, path, bodies.get(route.name))
         assert status == 200, (route.name, body)
         assert headers["Powerd-Api"] == "1.0", route.name

@@ -1,7 +1,7 @@
 """Training jobs in the frameworks' environment, on a simulated node that a real powerd controls.
 
 House rules: a job is a real program of its framework whose steps run measured kernels on the simulated GPU; it prints one JSON
-object as its last line; ranks are real processes that meet on gloo over loopback.
+object a line; ranks are real processes that meet on gloo over loopback.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping
     said = _both(started)
     for process, (out, err) in zip(started, said, strict=True):
         assert process.returncode == 0, f"{name} ended with {process.returncode}\n{out[-2000:]}\n{err[-6000:]}"
-    return [{**_last(out), "stderr": err} for out, err in said]
+    return [{**_said(out)[-1], "stderr": err, "before": _said(out)[:-1]} for out, err in said]
 
 
-def _last(out: str) -> dict[str, Any]:
+def _said(out: str) -> list[dict[str, Any]]:
     lines: Sequence[str] = [line for line in out.splitlines() if line.startswith("{")]
     assert lines, f"the job said nothing: {out[-2000:]}"
-    return dict(json.loads(lines[-1]))
+    return [dict(json.loads(line)) for line in lines]
 
 
 def _both(started: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the pipeline jobs share: stages whose forward and backward take a simulated GPU's time, options of a short job, a last word."""
+"""What the pipeline jobs share: stages whose work takes a simulated GPU's time, options of a short job, a last word."""
 
 from __future__ import annotations
 
@@ -52,8 +52,12 @@ class Layer(torch.nn.Module):
 def tell(handle: Any, states: list[str], losses: list[str], **more: Any) -> None:
     """The job's last word."""
     conductor = handle.conductor
-    order = [] if conductor is None else [list(r) for r in conductor.agreement.order]
-    beats = 0 if conductor is None else conductor.beats_sent
+    order, plans = [], []
+    if conductor is not None:
+        order = [list(rank) for rank in conductor.agreement.order]
+        lease = conductor._gpu._lease
+        if lease is not None and lease.held:
+            plans = [{"state": p.state, "step": p.step} for p in conductor._gpu.client.plans(lease.id, lease.token)]
     print(
-        json.dumps({"states": states, "losses": losses, "order": order, "plan": handle.plan, "beats": beats, **more}), flush=True
+        json.dumps({"states": states, "losses": losses, "order": order, "plan": handle.plan, "armed": plans, **more}), flush=True
     )

@@ -33,7 +33,11 @@ def test_the_baseline_runs_every_gpu_at_its_highest_clock(problem: Problem, mhz:
 
 
 def test_the_highest_clock_counts_even_where_a_power_cap_makes_another_one_better() -> None:
-    rows = [Row(0, kind, mhz, time_s, 280 * time_s) for kind in ("forward", "backward") for mhz, time_s in ((1740, 0.1), (1605, 0.098))]
+    rows = [
+        Row(0, kind, mhz, time_s, 280 * time_s)
+        for kind in ("forward", "backward")
+        for mhz, time_s in ((1740, 0.1), (1605, 0.098))
+    ]
     problem = dag.problem(dag.build(schedules.order("1f1b", 1, 3)), profile.options(rows, 70.0), 70.0)
     assert {option.mhz for table in problem.tables for option in table} == {1605}
     base = baselines.max_clock(problem)

@@ -83,7 +83,25 @@ def told(order: Any, pipelines: int = 1) -> list[tuple[Place, Any]]:
 def test_every_schedule_that_we_know_agrees_with_itself(name: str) -> None:
     order = schedules.order(name, 4, 6, 2 if name in ("interleaved", "zb-h1") else 1)
     promised = tuple(keys(rank) for rank in order)
-    assert agree(told(order, 2), promised).derived
+    assert agree(told(order, 2)) == (promised, promised)
+
+
+def test_pipelines_may_be_unequal_in_microbatches_but_not_in_sequence_or_stages() -> None:
+    short, long = schedules.order("1f1b", 2, 3), schedules.order("1f1b", 2, 5)
+
+    def both(a: Any, b: Any) -> list[tuple[Place, Any]]:
+        return [(Place(p, r, 0, 2, len(o), 1), keys(rank)) for p, o in enumerate((a, b)) for r, rank in enumerate(o)]
+
+    assert [len(rank) for pipeline in agree(both(short, long)) for rank in pipeline] == [6, 6, 10, 10]
+    with pytest.raises(OrderError, match="rank 0 of pipeline 1 ran another order than rank 0 of pipeline 0"):
+        agree(both(short, schedules.order("gpipe", 2, 3)))
+    with pytest.raises(OrderError, match="pipeline 1 has other stages or instructions than pipeline 0"):
+        agree(both(short, schedules.order("1f1b", 3, 5)))
+    with pytest.raises(OrderError, match=r"pipeline 0: rank [01] left out the backward"):
+        agree([(Place(0, 0, 0, 1, 2), keys(long[0])), (Place(0, 1, 0, 1, 2), keys(long[1][:-1]))])
+    peers = [(Place(0, 0, t, 1, 1, 2), keys(schedules.order(name, 1, 3)[0])) for t, name in enumerate(("gpipe", "1f1b"))]
+    with pytest.raises(OrderError, match="tensor-parallel peer 1"):
+        agree(peers)
 
 
 def test_an_order_that_cannot_be_names_the_rank() -> None:
@@ -194,7 +212,7 @@ def test_a_stage_under_a_ceiling_is_planned_with_its_top_clock_at_the_ceilings_t
 def test_deadlines_follow_the_slowest_other_pipeline(here: bool) -> None:
     order = tuple(keys(rank) for rank in schedules.order("1f1b", 2, 4))
     rows = [row for mhz in CLOCKS for row in sheet(mhz).rows]
-    planner = planning(order, rows, BLOCKING_W, 0.0, "p", _Daemon(), here)  # type: ignore[arg-type]
+    planner = planning((order, order), rows, BLOCKING_W, 0.0, "p", _Daemon(), here)  # type: ignore[arg-type]
     usual, other = planner.plan(MakePlan(({}, {}), {}))
     assert usual == other
     assert usual["iteration_s"] <= usual["baseline_s"] * (1 + 1e-9)
@@ -208,6 +226,15 @@ def test_deadlines_follow_the_slowest_other_pipeline(here: bool) -> None:
     lame, normal = planner.plan(MakePlan(({1: Slow(1.3)}, {}), {}))
     assert lame["iteration_s"] == pytest.approx(normal["deadline_s"], rel=1e-6)
     assert lame["iteration_s"] > usual["iteration_s"] * 1.1
+
+
+def test_a_pipeline_with_fewer_microbatches_takes_the_time_of_the_longer_one() -> None:
+    orders = tuple(tuple(keys(rank) for rank in schedules.order("1f1b", 2, m)) for m in (4, 6))
+    rows = [row for mhz in CLOCKS for row in sheet(mhz).rows]
+    short, long = planning(orders, rows, BLOCKING_W, 0.0, "p", _Daemon(), True).plan(MakePlan(({}, {}), {}))  # type: ignore[arg-type]
+    assert short["deadline_s"] == long["deadline_s"] == pytest.approx(long["baseline_s"])
+    assert short["iteration_s"] > short["baseline_s"] * 1.05
+    assert [len(plan["clocks"][0]) for plan in (short, long)] == [8, 12]
 
 
 class _Daemon:

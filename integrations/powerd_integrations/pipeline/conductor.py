@@ -275,7 +275,7 @@ class Conductor:
         gpu = self._gpu
         words = {"clocks": list(gpu.clocks_mhz), "gpu": gpu.name, "driver": gpu.driver}
         words["shape"] = str(self._shape() if callable(self._shape) else self._shape)
-        return words | ({"order": [list(key) for key in ran]} if recording else {})
+        return words | ({"order": [list(key) for key in ran], "differs": self.agreement.differs(ran)} if recording else {})
 
     def _say_profile(self, ran: tuple[Key, ...]) -> dict[str, Any]:
         self._expected = self.agreement.order[self.place.rank]
@@ -303,7 +303,8 @@ class Conductor:
         longer = {stage: telling(all_of) for stage, all_of in ratios.items()}
         slow = any(ratio > 1.0 + 2 * self.options.tolerance for ratio in longer.values())
         observed = self._errands.observe(step, self.plan["clocks"][self.place.rank], slow)
-        unknown = Observed(None, ())
+        clamped = None if self._beats is None else self._beats.clamped
+        unknown = Observed(clamped, ("the plan is cut by a stronger want",) if clamped else ())
         stages = [
             [s, ratio, *(observed.get(s, unknown).ceiling_mhz, list(observed.get(s, unknown).reasons))]
             for s, ratio in longer.items()

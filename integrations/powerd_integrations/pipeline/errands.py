@@ -104,7 +104,7 @@ class Errands:
             watts = options.blocking_power_w or profile.blocking_power_w or 0.0
             here = planning.can_plan_here() if options.plan_locally is None else options.plan_locally
             about = (watts, options.slowdown, f"perseus-{key[:8]}", self.gpu.client, here)
-            self._planner = planning.planning(self._agreement.order, profile.rows, *about)
+            self._planner = planning.planning(self._agreement.orders, profile.rows, *about)
         return self._planner.plan(request)
 
     def plans(self) -> dict[str, Any]:

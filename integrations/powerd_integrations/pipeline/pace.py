@@ -111,7 +111,7 @@ class Stages:
             self._steady[where] = Steady(1.0, self._tolerance, self._patience)  # the next figures are against the new expectation
             if ratio < 1.0:
                 after = NORMAL  # whatever held it back has gone; if not all of it, the next figures say so
-            elif ceiling_mhz is not None:
+            elif ceiling_mhz is not None and ceiling_mhz != now.ceiling_mhz:
                 after = Slow(1.0, ceiling_mhz)
             else:
                 after = Slow(now.factor * ratio, now.ceiling_mhz)

@@ -14,7 +14,9 @@ import psutil
 
 from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
+from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
+from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -297,4 +299,6 @@ CASES = {
     "sinks": sinks,
     "energy": energy,
     "spans": spans,
+    "beats": beats,
+    "instructions": instructions,
 }

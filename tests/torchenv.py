@@ -1,4 +1,4 @@
-"""The third environment, with the training frameworks (docs/dependencies.md): where its interpreter is, or why a test cannot run."""
+"""The third environment, with the training frameworks (docs/dependencies.md): its interpreter, or why a test cannot run."""
 
 from __future__ import annotations
 

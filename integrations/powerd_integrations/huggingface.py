@@ -40,7 +40,7 @@ def _callback_class() -> type:
             self.steps = Steps(client, options)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.steps.begin()
+            self.steps.begin(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.steps.end()

@@ -25,6 +25,7 @@ _NS = 1_000_000_000
 _TICK_S = 0.1  # real time between two looks at whether the process idles
 _BUSY_PERCENT = 30
 _RETRY_NS = 30 * _NS
+_SAMPLED_NS = _NS // 3  # after so long the closing sample is there: asking waits for nothing, and clocks do not wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class Keeper:
         self._idle_clock_mhz, self._idle_after_ns = idle_clock_mhz, round(idle_after_s * _NS)
         self._settle_ns, self._silence_ns = round(settle_s * _NS), round(silence_s * _NS)
         self._life_ns = 0
-        self._notes: deque[Callable[[], None]] = deque()
+        self._notes: deque[tuple[int, Callable[[], None]]] = deque()
+        self._acks: deque[threading.Event] = deque()
         self._wake = threading.Event()
         self._stop = False
         self._thread: threading.Thread | None = None
@@ -77,11 +79,9 @@ class Keeper:
             self._thread = threading.Thread(target=self._run, name="powerd-steps", daemon=True)
             self._thread.start()
 
-    def note(self, action: Callable[[], None] | None = None) -> None:
-        """Leave something to do; returns at once."""
-        if action is not None:
-            self._notes.append(action)
-        self._wake.set()
+    def note(self, action: Callable[[], None], after_ns: int) -> None:
+        """Leave something to do once that moment's samples are in; returns at once."""
+        self._notes.append((after_ns + _SAMPLED_NS, action))
 
     def note_life(self, now_ns: int) -> None:
         """Training goes on."""
@@ -104,7 +104,8 @@ class Keeper:
         self.wanted_mhz = None
         self.idle = None
         done = threading.Event()
-        self.note(done.set)
+        self._acks.append(done)
+        self._wake.set()
         if self._thread is not None and self._thread.is_alive():
             done.wait(wait_s)
 
@@ -125,13 +126,15 @@ class Keeper:
                         self._learn()
                 self._wake.wait(_TICK_S)
                 self._wake.clear()
-                ending = self._stop
-                notes = [self._notes.popleft() for _ in range(len(self._notes))]
+                ending, asked = self._stop, [self._acks.popleft() for _ in range(len(self._acks))]
                 with self._quietly("clock"):
                     self._follow(None if ending else self._clock_now())
-                for action in notes:
+                for done in asked:
+                    done.set()
+                now_ns = self._client.now_ns()
+                while self._notes and (ending or self._notes[0][0] <= now_ns) and not self._acks:
                     with self._quietly("energy of steps"):
-                        action()
+                        self._notes.popleft()[1]()
                 if ending and not self._notes:
                     return
         except Exception as error:

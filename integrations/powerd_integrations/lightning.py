@@ -59,7 +59,7 @@ def _callback_class() -> type:
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if not self._stepping:
                 self._stepping, self._global_step = True, trainer.global_step
-                self.steps.begin()
+                self.steps.begin(trainer.global_step)
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step != self._global_step:  # else gradients are still being accumulated

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from powerd.client import Client
 from powerd_integrations.keeper import Idle, Keeper
+from powerd_integrations.report import Report, job_name
 from powerd_integrations.search import Found, Search, SearchOptions, SearchState
 from powerd_integrations.tuner import Block, Exchange, Tuner, alone
 
@@ -40,13 +41,6 @@ _OWN = 1  # stands for the GPU's own clock where none can be set
 _MOST_CLOCKS = 512
 
 
-def _job_name() -> str:
-    for name in ("POWERD_JOB", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
-        if os.environ.get(name, "none") != "none":
-            return os.environ[name]
-    return "training"
-
-
 @dataclass(frozen=True, slots=True)
 class StepOptions:
     """What a training engineer may choose; every default is meant to be kept."""
@@ -54,7 +48,7 @@ class StepOptions:
     slowdown: float = 0.05  # allowed, against the top clock; 0.05 is 5 %
     search: bool = True  # False: measure and log only
     gpus: Which = "visible"
-    job: str = field(default_factory=_job_name)
+    job: str = field(default_factory=job_name)  # as in `powerctl jobs`
     block_s: float = 3.0  # how long steps run at one clock before it is judged
     warmup_steps: int = 5  # at first, not measured
     idle_after_s: float = 1.0  # shorter waits change nothing
@@ -94,6 +88,7 @@ class Steps:
             idle_clock_mhz=self.options.idle_clock_mhz, idle_after_s=self.options.idle_after_s,
             silence_s=self.options.silence_s,
         )  # fmt: skip
+        self._report = Report(self._client, self.options.job)
         self._exchange: Exchange | None = None
         self._tuner = self._tuner_for(())
         self._next_talk = max(1, self.options.warmup_steps) if self.options.search else 0
@@ -103,6 +98,7 @@ class Steps:
         self._apart_since: tuple[str, int] | None = None
         self._lock = threading.Lock()
         self._at_close: list[Callable[[], object]] = []
+        self._number = -1
         self.steps = 0  # begun
         self.measured_steps = 0
         self.measured_s = 0.0
@@ -145,8 +141,8 @@ class Steps:
         self.end()
 
     @_quiet
-    def begin(self) -> None:
-        """A training step begins."""
+    def begin(self, number: int | None = None) -> None:
+        """A training step begins; ``number`` as training counts, so that steps lost to a restart are known."""
         if not self._started:
             self._start()
         now_ns = self._client.now_ns()
@@ -156,6 +152,9 @@ class Steps:
             self._keeper.end_idle()
         self._keeper.note_life(now_ns)
         self.steps += 1
+        if number is not None and number != self._number + 1:
+            self._report.restore(number - 1)
+        self._number = self._number + 1 if number is None else number
         if self.steps == self._next_talk:
             self._talk()
         self._advance(now_ns)
@@ -173,6 +172,7 @@ class Steps:
         """An exception leaves a step: the GPU gets its clock back now; the next step goes on as if nothing had been."""
         self._apart_since = None
         self._tuner.spoil()
+        self._report.exception(error)
         self._keeper.reset(wait_s=2.0)
         log.info("powerd: clocks reset after %s", type(error).__name__ if error is not None else "an exception")
 
@@ -204,6 +204,8 @@ class Steps:
         now_ns = self._client.now_ns()
         self._close_apart(now_ns)
         self._apart_since = (label, now_ns)
+        if label == "checkpoint":
+            self._report.checkpoint(begins=True)
         self._keeper.note_life(now_ns)
         if idle:
             self._keeper.idle = Idle(label, now_ns)
@@ -222,13 +224,17 @@ class Steps:
         since, self._apart_since = self._apart_since, None
         if since is not None:
             self._spans_apart.append((since[1], now_ns))
+            if since[0] == "checkpoint":
+                self._report.checkpoint(begins=False)
 
     @_quiet
     def finish(self) -> None:
         """Training is over for now: the GPU gets its clock back. Another step begins anew with what is known."""
         now_ns = self._client.now_ns()
         self._close_apart(now_ns)
-        self._tuner.spoil()
+        block = self._tuner.cut(now_ns)
+        if block is not None:
+            self._leave(block, searching=self.state is SearchState.SEARCHING)
         if self._started:
             self._keeper.reset(wait_s=2.0)
 
@@ -241,7 +247,9 @@ class Steps:
     def close(self) -> None:
         """Training is over: measure what is left, give the clock back."""
         if os.getpid() == self._pid and self._started:
+            self.finish()
             self._keeper.close()
+            self._report.close()
         self._dead = True
         atexit.unregister(self.close)
         for action in self._at_close:
@@ -279,17 +287,21 @@ class Steps:
     def _advance(self, now_ns: int) -> None:
         tuner, search = self._tuner, self._tuner.search
         before = search.state
-        block = tuner.begin_step(now_ns)
+        block = tuner.begin_step(now_ns, self._number)
         if block is not None:
-            apart = tuple(self._spans_apart)
-            self._keeper.note(lambda: self._measure(tuner, block, apart))
+            self._leave(block, searching=before is SearchState.SEARCHING)
         if self.searching_among:
             at_top = search.state is not SearchState.SEARCHING and tuner.clock_mhz == search.top
             self._keeper.want(None if at_top else tuner.clock_mhz)
             if search.state is not before:
                 self._tell(search)
 
-    def _measure(self, tuner: Tuner, block: Block, apart: tuple[tuple[int, int], ...]) -> None:
+    def _leave(self, block: Block, *, searching: bool) -> None:
+        """Have a block measured in the background, and told."""
+        tuner, apart = self._tuner, tuple(self._spans_apart)
+        self._keeper.note(lambda: self._measure(tuner, block, apart, searching), block.end_ns)
+
+    def _measure(self, tuner: Tuner, block: Block, apart: tuple[tuple[int, int], ...], searching: bool) -> None:
         clock_mhz = None if block.clock_mhz == _OWN else block.clock_mhz
         got = None
         try:
@@ -297,6 +309,12 @@ class Steps:
                 got = self._keeper.measure(clock_mhz, block.begins_ns, block.end_ns, apart)
         finally:  # a block that is never reported would be waited for
             tuner.measured(block.number, *(got[:2] if got else (None, None)))
+        if self._keeper.uuids:
+            self._report.open(self._keeper.uuids)
+        plan = None if clock_mhz is None else "baseline" if clock_mhz == tuner.search.top else "profile"
+        if plan == "profile" and not searching:
+            plan = f"{clock_mhz} MHz"
+        self._report.steps(block, apart, got, clock_mhz, plan)
         if got:
             self.measured_steps += got[2]
             self.measured_s += got[0] * got[2]

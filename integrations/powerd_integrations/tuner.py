@@ -37,6 +37,7 @@ class Block:
     number: int
     clock_mhz: int
     begins_ns: list[int] = field(default_factory=list)
+    steps_told: list[int] = field(default_factory=list)  # what training calls them
     end_ns: int = 0
     whole: bool = True  # False: an exception or another clock came in between
 
@@ -76,36 +77,47 @@ class Tuner:
             self._block.whole = False
         self._begins.clear()
 
-    def begin_step(self, now_ns: int) -> Block | None:
+    def begin_step(self, now_ns: int, step: int = 0) -> Block | None:
         """A step begins; answers the block that has just ended, if one has. ``clock_mhz`` may have changed then."""
         if not self._steps_per_block:
-            self._warm_up(now_ns)
+            self._warm_up(now_ns, step)
             return None
         block = self._block
         if block is None or block.steps < self._length():
             if block:
                 block.begins_ns.append(now_ns)
+                block.steps_told.append(step)
             return None
         block.end_ns = now_ns
         self._hear()
-        self._open(now_ns)
+        self._open(now_ns, step)
+        return block
+
+    def cut(self, now_ns: int) -> Block | None:
+        """What there is of a block when training ends; no part of the search."""
+        block, self._block = self._block, None
+        if block is not None:
+            block.end_ns = now_ns
+            self._steps_per_block = 0
+            self._begins.clear()
+            self.search.report(block.number, None, None)
         return block
 
     def _length(self) -> int:
         return self._steps_per_block * (1 if self.search.state is SearchState.SEARCHING else _CALM)
 
-    def _warm_up(self, now_ns: int) -> None:
+    def _warm_up(self, now_ns: int, step: int) -> None:
         self._begins.append(now_ns)
         if len(self._begins) <= self._warmup:
             return
         times = [(b - a) / _NS for a, b in zip(self._begins, self._begins[1:], strict=False)]
         usual_s = max(row[0] for row in self._exchange([median(times[-self._warmup :])]))
         self._steps_per_block = max(self._least_steps, math.ceil(self._block_s / max(usual_s, 1e-6)))
-        self._open(now_ns)
+        self._open(now_ns, step)
 
-    def _open(self, now_ns: int) -> None:
+    def _open(self, now_ns: int, step: int) -> None:
         trial: Trial = self.search.propose()
-        self._block = Block(trial.number, trial.clock_mhz, [now_ns])
+        self._block = Block(trial.number, trial.clock_mhz, [now_ns], [step])
 
     def _hear(self) -> None:
         """Tell one measured block, hear one of every rank, and report those that all ranks have told."""

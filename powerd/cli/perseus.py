@@ -62,14 +62,17 @@ def plan(
     solver_or_hint()
     from powerd.cli import frontiers
     from powerd_policies.perseus import profile, solve
+    from powerd_policies.perseus.quiet import stdout_to_stderr
 
     job, rows, problem = open_job(job_path)
     said = profile.notes(rows, job.blocking_power_w)
     kept = sum(len(options) for options in problem.tables)
-    solved = solve.solve_problem(job, problem, deadline)
+    with stdout_to_stderr():
+        solved = solve.solve_problem(job, problem, deadline)
     made = solved.to_json()
     if frontier:
-        points = frontiers.points(frontiers.compute(problem, frontier), solved.baseline, job)
+        with stdout_to_stderr():
+            points = frontiers.points(frontiers.compute(problem, frontier), solved.baseline, job)
         made["frontier"] = [point.to_json() for point in points]
     if output is not None:
         write_text(output, json.dumps(made, indent=1) + "\n")
@@ -149,14 +152,16 @@ def report(
     from powerd import plot
     from powerd.cli import frontiers
     from powerd_policies.perseus import baselines
+    from powerd_policies.perseus.quiet import stdout_to_stderr
 
     for path in picture or []:
         plot.check(path)
     factors = _factors(stragglers)
     job, _, problem = open_job(job_path)
-    front = frontiers.compute(problem, points, cache)
     baseline = baselines.max_clock(problem)
-    made = frontiers.report(problem, front, baseline, job, factors, pipelines)
+    with stdout_to_stderr():
+        front = frontiers.compute(problem, points, cache)
+        made = frontiers.report(problem, front, baseline, job, factors, pipelines)
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
     else:

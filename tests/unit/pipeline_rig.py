@@ -27,7 +27,7 @@ class Barrier:
     """An exchange over threads."""
 
     def __init__(self, ranks: int) -> None:
-        self._barrier = threading.Barrier(ranks, timeout=5)
+        self._barrier = threading.Barrier(ranks, timeout=60)
         self._values: list[Any] = [None] * ranks
         self.calls = 0
 
@@ -65,6 +65,10 @@ class FakeBeats:
     alive: bool = True
     gpu: FakeGpu | None = None
 
+    @property
+    def clamped(self) -> int | None:
+        return None if self.gpu is None else self.gpu.clamped_mhz
+
     def send(self, step: int, index: int) -> None:
         self.sent.append((step, index))
         if self.gpu is not None and self.alive:
@@ -88,6 +92,7 @@ class FakeGpu:
     now: int = 1_000_000_000
     slower: float = 1.0
     ceiling_mhz: int = CLOCKS[-1]
+    clamped_mhz: int | None = None  # what the daemon says that it cuts the plan to
 
     @property
     def clock_mhz(self) -> int:
@@ -258,7 +263,7 @@ class Job:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(90)
             assert not thread.is_alive(), "a rank waits for ever"
 
     def until(self, state: str, limit: int = 400) -> int:

@@ -155,7 +155,7 @@ def test_a_clock_that_the_daemon_cannot_tell_of_is_measured_again_then_left_out(
     assert CLOCKS[-1] in job.ranks[0].conductor.agreement.profile.sheets
 
 
-@pytest.mark.parametrize("cause", ["slower", "ceiling"])
+@pytest.mark.parametrize("cause", ["slower", "ceiling", "clamped"])
 def test_the_other_pipeline_follows_a_straggler_and_both_come_back(tmp_path: Path, cause: str) -> None:
     job = Job(tmp_path, pipelines=2, exchange_steps=1)
     job.until("running")
@@ -166,6 +166,8 @@ def test_the_other_pipeline_follows_a_straggler_and_both_come_back(tmp_path: Pat
         victim.slower = 1.3
     else:
         victim.ceiling_mhz = 1020
+    if cause == "clamped":
+        victim.clamped_mhz, job.ranks[5].client.deaf = 1020, 10_000  # the beats alone tell of it
     job.steps(12)
     followed, own = job.ranks[0].conductor.plan, job.ranks[5].conductor.plan
     assert usual is not None
@@ -178,7 +180,7 @@ def test_the_other_pipeline_follows_a_straggler_and_both_come_back(tmp_path: Pat
     plans = {rank.conductor.plan["id"] for rank in job.ranks if rank.conductor.plan}
     job.steps(10)
     assert {rank.conductor.plan["id"] for rank in job.ranks if rank.conductor.plan} == plans  # calm while nothing changes
-    victim.slower, victim.ceiling_mhz = 1.0, CLOCKS[-1]
+    victim.slower, victim.ceiling_mhz, victim.clamped_mhz = 1.0, CLOCKS[-1], None
     job.steps(14)
     assert job.ranks[0].conductor.plan["id"] == usual["id"]  # type: ignore[index]
     assert job.ranks[5].conductor.plan["id"] == usual["id"]  # type: ignore[index]

@@ -15,7 +15,7 @@ from powerd_integrations.pipeline.measured import Profile, Sheet, fingerprint, p
 from powerd_integrations.pipeline.options import Options
 from powerd_integrations.pipeline.pace import Pace, Slow, Stages
 from powerd_integrations.pipeline.place import Place
-from powerd_integrations.pipeline.recorded import OrderError, RankOrder, agree, keys
+from powerd_integrations.pipeline.recorded import OrderError, RankOrder, agree, difference, keys
 from powerd_integrations.pipeline.sweep import Sweep, ladder
 
 #: What one rank says to all others at an exchange: JSON.
@@ -122,7 +122,7 @@ class Agreement:
     def __init__(self, place: Place, options: Options, derived: Sequence[RankOrder] | None = None) -> None:
         self.state = State.WARMUP
         self.place, self.options = place, options
-        self.order: tuple[RankOrder, ...] = ()
+        self.orders: tuple[tuple[RankOrder, ...], ...] = ()  # of every pipeline
         self.key = ""
         self.profile = Profile()
         self.sweep: Sweep | None = None
@@ -205,12 +205,24 @@ class Agreement:
 
     def _hear_recording(self, said: Sequence[Said]) -> tuple[Action, ...]:
         try:
-            agreed = agree([(_place(words), keys(words["order"])) for words in said], self._derived)
+            self.orders = agree([(_place(words), keys(words["order"])) for words in said])
         except OrderError as error:
             return self.fail(str(error))
-        self.order = agreed.order
-        note = (Tell(agreed.note),) if agreed.note else ()
+        other = [f"{words['name']}: {words['differs']}" for words in said if words.get("differs")]
+        note = (Tell(f"the recorded order counts, not the schedule's: {other[0]}{_more(other)}"),) if other else ()
         return (*note, *self._identify(said, Event.AGREED))
+
+    @property
+    def order(self) -> tuple[RankOrder, ...]:
+        """What the ranks of this rank's pipeline run; empty until they have agreed."""
+        return self.orders[self.place.pipeline] if self.orders else ()
+
+    def differs(self, ran: RankOrder) -> str:
+        """How what this rank ran differs from what its schedule promised; empty: not at all, or nothing was promised."""
+        if self._derived is None:
+            return ""
+        promised = self._derived[self.place.rank] if self.place.rank < len(self._derived) else ()
+        return "" if ran == promised else difference(ran, promised)
 
     def _hear_waiting(self, said: Sequence[Said]) -> tuple[Action, ...]:
         return self._identify(said, Event.READY)
@@ -229,7 +241,7 @@ class Agreement:
         )
         if not self._clocks:
             return self.fail("the GPUs of this job have no SM clock in common")
-        stages = 1 + max(key[0] for order in self.order for key in order)
+        stages = 1 + max(key[0] for order in self.orders[0] for key in order)
         self.key = fingerprint([w["gpu"] for w in said], [w["driver"] for w in said], [w["shape"] for w in said], stages)
         self._to(event)
         self._at_once = True
@@ -255,7 +267,7 @@ class Agreement:
 
     def _fits(self, profile: Profile) -> bool:
         """Whether it has every instruction at every clock."""
-        wanted = {key[:2] for order in self.order for key in order}
+        wanted = {key[:2] for order in self.orders[0] for key in order}
         return all({(row.stage, row.kind) for row in sheet.rows} == wanted for sheet in profile.sheets.values())
 
     def _hear_profiling(self, said: Sequence[Said]) -> tuple[Action, ...]:

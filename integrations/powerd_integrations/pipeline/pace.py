@@ -111,7 +111,7 @@ class Stages:
             self._steady[where] = Steady(1.0, self._tolerance, self._patience)  # the next figures are against the new expectation
             if ratio < 1.0:
                 after = NORMAL  # whatever held it back has gone; if not all of it, the next figures say so
-            elif ceiling_mhz is not None:
+            elif ceiling_mhz is not None and ceiling_mhz != now.ceiling_mhz:
                 after = Slow(1.0, ceiling_mhz)
             else:
                 after = Slow(now.factor * ratio, now.ceiling_mhz)
@@ -122,3 +122,11 @@ class Stages:
                 del self.slow[where]
             changed.add(where[0])
         return changed
+
+
+def telling(times: Sequence[tuple[float, float]]) -> float:
+    """How much longer a stage's work takes than expected, from (measured, expected) of each instruction, without the odd ones."""
+    ordered = sorted(times, key=lambda pair: pair[0] / pair[1])
+    odd = len(ordered) // 8
+    counted = ordered[odd : len(ordered) - odd]
+    return sum(measured_s for measured_s, _ in counted) / sum(expected_s for _, expected_s in counted)

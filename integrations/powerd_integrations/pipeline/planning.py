@@ -83,46 +83,51 @@ class Solver(Protocol):
         """The plan of least energy within the deadline; None: within the time that full clocks take."""
 
 
+Order = tuple[RankOrder, ...]
+
+
 class Planning:
     """Deadlines for every pipeline, and plans for these from a solver; the same question is answered once."""
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        order: Sequence[RankOrder],
-        slowdown: float,
-        name: str,
-        solver: Callable[[Sequence[Row]], Solver],
-    ) -> None:
-        self._rows, self._order, self._slowdown, self._name = tuple(rows), order, slowdown, name
+        self, orders: Sequence[Order], rows: Sequence[Row], slowdown: float, name: str,
+        solver: Callable[[Order, Sequence[Row]], Solver],
+    ) -> None:  # fmt: skip
+        self._orders, self._rows, self._slowdown, self._name = tuple(orders), tuple(rows), slowdown, name
         self._make = solver
-        self._solvers: dict[str, Solver] = {}
-        self._plans: dict[tuple[str, float], dict[str, Any]] = {}
-        self._usual_s: float | None = None
+        self._solvers: dict[tuple[Order, str], Solver] = {}
+        self._plans: dict[tuple[Order, str, float], dict[str, Any]] = {}
+        self._usual_s: dict[Order, float] = {}
 
     def plan(self, request: MakePlan) -> Plans:
-        if self._usual_s is None:
-            self._usual_s = float(self._solver({}).at(None)["baseline"]["iteration_time_s"]) * (1.0 + self._slowdown)
-        own_s = [max(self._usual_s, self._solver(slow).fastest_s()) if slow else self._usual_s for slow in request.slow]
+        own_s = [self._own_s(order, slow) for order, slow in zip(self._orders, request.slow, strict=True)]
         late_s = max([*own_s, *request.straggler_s.values()])
         made: Plans = []
         for pipeline, slow in enumerate(request.slow):
             deadline_s = own_s[pipeline]
             others_late = late_s > deadline_s * (1 + 1e-9) and pipeline not in request.straggler_s
-            made.append(self._at(slow, late_s if others_late else deadline_s))
+            made.append(self._at(self._orders[pipeline], slow, late_s if others_late else deadline_s))
         return made
 
-    def _solver(self, slow: Mapping[int, Slow]) -> Solver:
-        key = repr(sorted(slow.items()))
+    def _own_s(self, order: Order, slow: Mapping[int, Slow]) -> float:
+        """What a pipeline would take if it were alone."""
+        if order not in self._usual_s:
+            baseline_s = float(self._solver(order, {}).at(None)["baseline"]["iteration_time_s"])
+            self._usual_s[order] = baseline_s * (1.0 + self._slowdown)
+        usual_s = self._usual_s[order]
+        return max(usual_s, self._solver(order, slow).fastest_s()) if slow else usual_s
+
+    def _solver(self, order: Order, slow: Mapping[int, Slow]) -> Solver:
+        key = (order, repr(sorted(slow.items())))
         if key not in self._solvers:
-            self._solvers[key] = self._make(as_it_is(self._rows, slow))
+            self._solvers[key] = self._make(order, as_it_is(self._rows, slow))
         return self._solvers[key]
 
-    def _at(self, slow: Mapping[int, Slow], deadline_s: float) -> dict[str, Any]:
-        question = (repr(sorted(slow.items())), round(deadline_s, 9))
+    def _at(self, order: Order, slow: Mapping[int, Slow], deadline_s: float) -> dict[str, Any]:
+        question = (order, repr(sorted(slow.items())), round(deadline_s, 9))
         if question not in self._plans:
-            out = self._solver(slow).at(deadline_s)
-            self._plans[question] = {"id": f"{self._name}-{len(self._plans) + 1}", **in_order(out, self._order)}
+            out = self._solver(order, slow).at(deadline_s)
+            self._plans[question] = {"id": f"{self._name}-{len(self._plans) + 1}", **in_order(out, order)}
         return self._plans[question]
 
 
@@ -191,19 +196,13 @@ class AtDaemon:
 
 
 def planning(
-    order: Sequence[RankOrder],
-    rows: Sequence[Row],
-    blocking_power_w: float,
-    slowdown: float,
-    name: str,
-    client: Client,
-    here: bool,
+    orders: Sequence[Order], rows: Sequence[Row], blocking_power_w: float, slowdown: float, name: str, client: Client, here: bool
 ) -> Planner:
-    """The planner of a job; ``name`` begins the ids of its plans."""
+    """The planner of a job, from the order of each pipeline; ``name`` begins the ids of its plans."""
 
-    def solver(as_they_are: Sequence[Row]) -> Solver:
+    def solver(order: Order, as_they_are: Sequence[Row]) -> Solver:
         if here:
             return Here(as_they_are, order, blocking_power_w)
         return AtDaemon(as_they_are, order, blocking_power_w, client)
 
-    return Planning(rows, order, slowdown, name, solver)
+    return Planning(orders, rows, slowdown, name, solver)

@@ -6,7 +6,6 @@ House rules: pure; needs no third party; whoever disagrees is named.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from powerd_integrations.pipeline.place import Place
@@ -22,15 +21,6 @@ class OrderError(ValueError):
     """An order that cannot be planned for; the message names the rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """What every rank of a pipeline runs; ``derived`` tells whether that is what its schedule promised."""
-
-    order: tuple[RankOrder, ...]
-    derived: bool
-    note: str = ""
-
-
 def keys(order: Sequence[Any]) -> RankOrder:
     """One rank's order from tuples, lists or objects with ``stage``, ``kind`` and ``microbatch``."""
     return tuple(
@@ -44,35 +34,40 @@ def text(key: Key) -> str:
     return f"{key[1]} of microbatch {key[2]} on stage {key[0]}"
 
 
-def agree(told: Sequence[tuple[Place, RankOrder]], derived: Sequence[RankOrder] | None) -> Agreed:
-    """The one order that all pipelines and tensor-parallel peers ran; OrderError when ranks disagree or it cannot be run."""
-    ranks = told[0][0].ranks
-    first: dict[int, tuple[Place, RankOrder]] = {}
+def agree(told: Sequence[tuple[Place, RankOrder]]) -> tuple[tuple[RankOrder, ...], ...]:
+    """The order of every rank of every pipeline; OrderError when ranks disagree or it cannot be run.
+
+    Tensor-parallel peers run the same. Pipelines may have different numbers of microbatches (elastic training), but those with
+    the same work do it in the same sequence, and all have the same stages.
+    """
+    pipelines: dict[int, dict[int, tuple[Place, RankOrder]]] = {}
     for place, order in told:
-        known = first.setdefault(place.rank, (place, order))
-        if known[1] != order:
-            raise OrderError(f"{place} ran another order than {known[0]}: {_difference(order, known[1])}")
-    missing = sorted(set(range(ranks)) - set(first))
-    if missing:
-        raise OrderError(f"no rank {missing[0]} of any pipeline told its order")
-    recorded = tuple(first[rank][1] for rank in range(ranks))
-    check(recorded)
-    if derived is None:
-        return Agreed(recorded, False, "the schedule is not known, so the recorded order counts")
-    for rank, (mine, promised) in enumerate(zip(recorded, derived, strict=False)):
-        if mine != promised:
-            note = (
-                f"rank {rank} does not run what its schedule promises ({_difference(mine, promised)}): the recorded order counts"
-            )
-            return Agreed(recorded, False, note)
-    if len(derived) != ranks:
-        return Agreed(
-            recorded, False, f"the schedule is of {len(derived)} ranks, the pipeline of {ranks}: the recorded order counts"
-        )
-    return Agreed(recorded, True)
+        ranks = pipelines.setdefault(place.pipeline, {})
+        same = [ranks[place.rank]] if place.rank in ranks else []
+        same += [other[place.rank] for other in pipelines.values() if place.rank in other]
+        for known_place, known in same:
+            if known != order and (known_place.pipeline == place.pipeline or set(known) == set(order)):
+                raise OrderError(f"{place} ran another order than {known_place}: {difference(order, known)}")
+        ranks.setdefault(place.rank, (place, order))
+    found = []
+    for number in sorted(pipelines):
+        ranks = pipelines[number]
+        count = next(iter(ranks.values()))[0].ranks
+        if missing := sorted(set(range(count)) - set(ranks)):
+            raise OrderError(f"rank {missing[0]} of pipeline {number} told no order")
+        found.append(tuple(ranks[rank][1] for rank in range(count)))
+        try:
+            check(found[-1])
+        except OrderError as error:
+            raise OrderError(f"pipeline {number}: {error}") from None
+        work = {key[:2] for rank in found[-1] for key in rank}
+        if work != {key[:2] for rank in found[0] for key in rank}:
+            raise OrderError(f"pipeline {number} has other stages or instructions than pipeline 0")
+    return tuple(found)
 
 
-def _difference(mine: RankOrder, other: RankOrder) -> str:
+def difference(mine: RankOrder, other: RankOrder) -> str:
+    """Where two orders part, in words."""
     for n, (a, b) in enumerate(zip(mine, other, strict=False)):
         if a != b:
             return f"instruction {n} is {text(a)}, not {text(b)}"

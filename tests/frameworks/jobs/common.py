@@ -28,6 +28,11 @@ def lock_mhz() -> int:
     return int(node.view(rank).lock_max_mhz)
 
 
+def lowest(clocks_mhz: list[int]) -> int:
+    """The lowest lock that was seen; 0: never locked."""
+    return min((c for c in clocks_mhz if c), default=0)
+
+
 def tell(steps: Steps, **more: Any) -> None:
     """The job's last word."""
     print(json.dumps({

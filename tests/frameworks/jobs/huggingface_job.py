@@ -8,7 +8,7 @@ import tempfile
 import time
 
 import torch
-from common import OPTIONS, compute, lock_mhz, tell
+from common import OPTIONS, compute, lock_mhz, lowest, tell
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from powerd.client import Client
@@ -41,7 +41,8 @@ callback = PowerdCallback(OPTIONS)
 assert isinstance(callback, TrainerCallback)
 arguments = TrainingArguments(
     tempfile.mkdtemp(), max_steps=60, per_device_train_batch_size=1, gradient_accumulation_steps=2, eval_strategy="steps",
-    eval_steps=25, save_steps=50, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False,
+    eval_steps=25, save_steps=50, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    remove_unused_columns=False,
 )  # fmt: skip
 trainer = SlowDisk(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=[callback])
 try:
@@ -52,5 +53,5 @@ except RuntimeError:
     assert lock_mhz() < 1400
     print("{}", flush=True)
     sys.exit(5 if "exit" not in sys.argv else 0)  # as a script that does not catch it: the interpreter ends in order
-tell(callback.steps, lowest_mhz=min((c for c in seen if c), default=0), lock_after_mhz=lock_mhz(), pid=os.getpid(),
+tell(callback.steps, lowest_mhz=lowest(seen), lock_after_mhz=lock_mhz(), pid=os.getpid(),
      leases=len(Client().leases()), global_step=trainer.state.global_step, while_saving=while_saving)  # fmt: skip

@@ -1,20 +1,19 @@
-"""A plain loop: the three lines of the guide around real steps; says what it saw. Words: nodaemon, input."""
+"""A plain loop: the three lines of the guide around real steps; says what it saw. Word: nodaemon."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from common import OPTIONS, compute, gpu, lock_mhz, tell
+from common import OPTIONS, compute, gpu, lock_mhz, lowest, tell
 
 from powerd.client import Client
 from powerd_integrations.steps import Steps
 
 steps = Steps(options=OPTIONS)
 seen: list[int] = []
-began_s = time.monotonic()
 overhead_s = 0.0
-for _ in range(90):
+for _ in range(30 if "nodaemon" in sys.argv else 80):
     at_s = time.perf_counter()
     context = steps.step()
     context.__enter__()
@@ -24,18 +23,16 @@ for _ in range(90):
     at_s = time.perf_counter()
     context.__exit__(None, None, None)
     overhead_s += time.perf_counter() - at_s
-    if "input" in sys.argv and len(seen) == 60:
-        time.sleep(1.5)
-        waiting_mhz = lock_mhz()
-        gpu.load(0.9, 3.0)  # an evaluation that nobody announced
-        busy_mhz = lock_mhz()
-        seen.clear()
-        for _ in range(15):
-            with steps.step():
-                compute()
-            seen.append(lock_mhz())
-        break
-after_mhz = seen[-1]
+more = {}
+if "nodaemon" not in sys.argv:
+    time.sleep(1.5)
+    more["waiting_mhz"] = lock_mhz()
+    gpu.load(0.9, 3.0)  # an evaluation that nobody announced
+    more["busy_mhz"] = lock_mhz()
+    for _ in range(10):
+        with steps.step():
+            compute()
+    more["after_mhz"] = lock_mhz()
 caught = ""
 try:
     with steps.step():
@@ -48,6 +45,5 @@ with steps.step():
 steps.close()
 with steps.step():  # after the end: nothing, and no error
     pass
-more = {"waiting_mhz": waiting_mhz, "busy_mhz": busy_mhz} if "input" in sys.argv else {}
-tell(steps, lowest_mhz=min((c for c in seen if c), default=0), after_mhz=after_mhz, reset_mhz=reset_mhz, lock_after_mhz=lock_mhz(),
+tell(steps, lowest_mhz=lowest(seen), reset_mhz=reset_mhz, lock_after_mhz=lock_mhz(), overhead_s=overhead_s / steps.steps,
      caught=caught, leases=len(Client(on_error="log").leases()), **more)  # fmt: skip

@@ -27,6 +27,7 @@ from powerd.model import (
 #: An older client of the same major version keeps working; header ``Powerd-Api`` on every request and response.
 API_VERSION = (1, 0)
 API_HEADER = "Powerd-Api"
+MAX_BODY_BYTES = 64 * 1024  # of a request, unless its route says more
 FLIGHT_HEADER = "Powerd-Sim-Flight"  # the client counts its messages on a stepped clock
 
 
@@ -86,6 +87,7 @@ class LeaseView:
     end: LeaseEnd | None = None
     token: str | None = None
     dry_run: bool = False
+    plans: tuple[PlanView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ class Explain:
     controls: tuple[ControlExplain, ...]
     leases: tuple[LeaseView, ...]
     recent_events: tuple[Event, ...]
+    plans: tuple[PlanView, ...] = ()  # clock plans on this GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,7 @@ class PlanView:
     ceiling_mhz: int | None
     switches: int  # clocks set since it was armed
     why: str = ""  # it is safe or has ended
+    number: int = 0  # what its beats carry
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +283,7 @@ class JobStep:
     begin_ns: int  # CLOCK_BOOTTIME of the node
     end_ns: int
     gpus: tuple[str, ...]
-    plan: str | None = None  # id of the clock plan in force
+    plan: str | None = None  # id of the clock plan in force; "baseline": full clock, to compare with; "profile": a sweep
     energy_j: float | None = None
     clock_mhz: float | None = None  # time-weighted mean
 
@@ -291,8 +295,10 @@ class JobEvent:
     kind: str
     rank: int = 0
     steps: tuple[JobStep, ...] = ()  # of kind step; several at once
-    step: int | None = None  # restore: the step that training goes on from
+    step: int | None = None  # restore: the last step that is kept
     detail: str = ""
+    time_ns: int | None = None  # CLOCK_BOOTTIME of what happened; None: when it arrived
+    energy_j: float | None = None  # checkpoint_end: what the checkpoint used
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +317,12 @@ class JobView:
     saving_fraction: float | None  # against the job's own steps at full clock; None: not measured
     plan: str | None
     gpus: tuple[str, ...]
+    unmeasured_steps: int = 0  # whose energy is not known: in no sum
+    checkpoints: int = 0
+    checkpoint_time_s: float = 0.0
+    checkpoint_energy_j: float | None = None
+    exceptions: int = 0
+    last_detail: str = ""  # of the newest exception, end or note
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +384,7 @@ class Route:
     query: Mapping[str, str] = field(default_factory=dict)
     many: bool = False  # the response is a JSON array of ``response``
     media: str = "application/json"
+    max_body_bytes: int = MAX_BODY_BYTES
 
 
 ROUTES: tuple[Route, ...] = (
@@ -389,10 +402,22 @@ ROUTES: tuple[Route, ...] = (
     Route("PATCH", "/v1/leases/{id}", "lease_change", "Replace its wants", request=LeaseChange, response=LeaseView),
     Route("POST", "/v1/leases/{id}/heartbeat", "lease_heartbeat", "Renew its TTL", response=LeaseView),
     Route("DELETE", "/v1/leases/{id}", "lease_release", "Release it; answers when the settings are undone", response=LeaseView),
+    Route("GET", "/v1/leases/{id}/plans", "plans", "Its clock plans", response=PlanView, many=True),
+    Route("POST", "/v1/leases/{id}/plans", "plan_arm", "Arm a clock plan; its beat socket comes on the attach connection",
+          request=PlanRequest, response=PlanView, max_body_bytes=1 << 20),
+    Route("DELETE", "/v1/leases/{id}/plans/{plan}", "plan_disarm", "Give it up, by id or number", response=Ack),
     Route("GET", "/v1/explain/{uuid}", "explain", "Why this GPU is set as it is", response=Explain),
     Route("POST", "/v1/windows", "window_begin", "Begin an energy window", request=WindowBegin, response=WindowView),
     Route("POST", "/v1/windows/{id}/end", "window_end", "End it and answer the energy with its uncertainty",
           response=WindowView, query={"wait": "0: answer at once with a wider interval; default: wait for the closing sample"}),
+    Route("POST", "/v1/energy/spans", "energy_spans", "What each kind of work on one GPU used, after the fact",
+          request=SpansRequest, response=SpansView, max_body_bytes=4 << 20),
+    Route("GET", "/v1/jobs", "jobs", "Training jobs the caller may see, newest first", response=JobView, many=True),
+    Route("GET", "/v1/jobs/{job}", "job", "One job", response=JobView),
+    Route("POST", "/v1/jobs/{job}/events", "job_event", "What a job's rank reports of itself", request=JobEvent, response=Ack,
+          max_body_bytes=1 << 20),
+    Route("POST", "/v1/perseus/plan", "perseus_plan", "Plan a pipeline's clocks: a job with its profile rows in, a plan out",
+          max_body_bytes=8 << 20),
     Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
           query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
                  "columns": "comma separated"}),
@@ -405,5 +430,7 @@ ROUTES: tuple[Route, ...] = (
 
 #: First message on the attach socket (SOCK_SEQPACKET, JSON): {"api": "1.0", "lease": id, "token": token}; the answer is an
 #: ErrorView or a LeaseView. From then on the lease lives no longer than this connection and the process that opened it.
+#: Later messages are LeaseViews, an ErrorView at its end, {"beats": plan id, "number": n} with one end of a beat socket, and
+#: {"plan": PlanView} when a clock plan is cut to another ceiling, falls back to its safe clock or ends.
 ATTACH_MAX_BYTES = 4096
 LEASE_TOKEN_HEADER = "Powerd-Lease-Token"  # noqa: S105 (a header's name, not a secret)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from powerd.access import Principal, Rules, may_control
-from powerd.api import API_VERSION, ATTACH_MAX_BYTES, ErrorView
+from powerd.api import API_VERSION, ATTACH_MAX_BYTES, ErrorView, PlanView
 from powerd.decode import decode
 from powerd.engine import Engine
 from powerd.errors import LeaseLostError, PowerdError, RequestError
@@ -110,6 +110,8 @@ class _Connection:
         lease = engine.attach(lease.id)
         self.server.bind(self, lease)
         self.send(msgspec.json.encode(lease_view(engine, lease)))
+        for view in engine.plans.of(lease.id):
+            self.server.plan_changed(view)
 
     def watch_holder(self) -> None:
         if self.pidfd is not None:
@@ -221,6 +223,28 @@ class AttachServer:
         self._connections.discard(connection)
         if connection.lease_id is not None and self._bound.get(connection.lease_id) is connection:
             del self._bound[connection.lease_id]
+
+    def attached(self, lease_id: str) -> bool:
+        """Whether the lease has its connection."""
+        return lease_id in self._bound
+
+    def pass_beats(self, view: PlanView, beats: socket.socket) -> bool:
+        """Give a plan's holder its end of the beat socket, which is closed here; False: it does not listen."""
+        connection = self._bound.get(view.lease)
+        with beats:
+            if connection is None:
+                return False
+            message = msgspec.json.encode({"beats": view.id, "number": view.number})
+            try:
+                socket.send_fds(connection.link, [message], [beats.fileno()])
+            except OSError:
+                return False
+        return True
+
+    def plan_changed(self, view: PlanView) -> None:
+        """Tell a plan's holder how it stands."""
+        if (connection := self._bound.get(view.lease)) is not None:
+            connection.send(msgspec.json.encode({"plan": view}))
 
     def lease_changed(self, lease: Lease) -> None:
         """Push a lease's new state to its holder; the end of it as an error, after which the connection closes."""

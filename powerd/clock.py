@@ -296,6 +296,21 @@ def running(loop: asyncio.AbstractEventLoop) -> Iterator[asyncio.AbstractEventLo
         loop.close()
 
 
+@contextlib.contextmanager
+def standing(clock: Clock) -> Iterator[None]:
+    """Stepped time stands still meanwhile; real and scaled time cannot be held and go on.
+
+    For work off the loop, in a thread or a child: the loop waits for it and is an idle participant, and whoever asked is set
+    aside, so time would run away and leases would expire while somebody computes. A participant that does not wait is what
+    holds it: a message in flight would be given up after a real second, because its receiver may have died.
+    """
+    waiter = clock.waiter("work off the loop")
+    try:
+        yield
+    finally:
+        waiter.close()
+
+
 def seconds(ns: int) -> float:
     """Nanoseconds as seconds."""
     return ns / NS

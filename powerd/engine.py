@@ -26,7 +26,8 @@ from powerd.lease import Lease, LeaseEvent, advance, new_token
 from powerd.leasebook import LeaseBook
 from powerd.log import log
 from powerd.model import Health, Outcome, Reading, Snapshot, Verdict
-from powerd.node import Node
+from powerd.node import Node, check_may_set
+from powerd.plans import PlanBook
 from powerd.reconcile import Reconciled
 from powerd.setpoints import Setpoints, keys_of
 from powerd.wants import check_request, check_specs, check_wait, lease_of, wants_of
@@ -47,6 +48,7 @@ class Engine:
         self.events = events
         self.node = node
         self.setpoints = Setpoints()
+        self.plans = PlanBook(clock, book, node)
         self.hw: Hw | None = None
         self.panic = False
         self.quiesced_until_ns: int | None = None
@@ -109,6 +111,7 @@ class Engine:
     def hw_disconnected(self, why: str) -> None:
         self.node.hw_disconnected(why)
         self.setpoints.forget_asked()
+        self.plans.hw_gone()
         self._sent_ns = None
         self.events.add("hw_disconnected", detail=why)
 
@@ -134,6 +137,8 @@ class Engine:
                 self.update(force=True)
             elif table is frames.Table.PROCESSES:
                 self.node.processes_table(content)
+            elif table is frames.Table.PLANS:
+                self.plans.take(content)
             elif table is frames.Table.STATUS:
                 self.node.status_table(content)
                 self.update(force=True)
@@ -220,21 +225,10 @@ class Engine:
 
     # --- leases -------------------------------------------------------------------------------------
 
-    def _check_may_set(self) -> None:
-        if not (self.config.daemon.control and self.node.control):
-            raise RequestError(
-                "powerd only monitors", code="monitor_only", hint="set control = true in [daemon] and reload powerd"
-            )
-        if self.panic:
-            raise UnavailableError("panic: every GPU is at baseline", hint="powerctl resume", code="busy")
-        if self.quiesced_until_ns is not None:
-            raise UnavailableError("quiesced for maintenance", hint="powerctl resume, or wait", code="busy")
-        if self.node.hold:
-            raise UnavailableError(
-                f"powerd-hw keeps every GPU at baseline: {self.node.hold}", hint="powerctl resume", code="busy"
-            )
-        if self.hw is None or not self.hw.connected:
-            raise UnavailableError("powerd-hw is not connected", hint=self.node.hw_problem or "systemctl status powerd-hw")
+    def check_may_set(self) -> None:
+        """RequestError or UnavailableError when nobody may set anything now, with what to do about it."""
+        connected, quiesced = self.hw is not None and self.hw.connected, self.quiesced_until_ns is not None
+        check_may_set(self.config.daemon.control, self.node, panic=self.panic, quiesced=quiesced, connected=connected)
 
     def _plan(self, lease: Lease, what: str) -> tuple[Outcome, ...]:
         """What would be asked of hw for a lease; RequestError(conflict) when not one of its wants could be served."""
@@ -258,7 +252,7 @@ class Engine:
 
         ``watch`` is called before anything is set, so that a holder that dies at any later moment is noticed.
         """
-        self._check_may_set()
+        self.check_may_set()
         limits = self.config.leases
         check_request(request, self.node.capabilities, self.node.unreachable(), self.config.limits, limits.max_ttl_s)
         uid = -1 if who.uid is None else who.uid
@@ -297,7 +291,7 @@ class Engine:
 
     async def change(self, lease_id: str, request: LeaseChange) -> tuple[Lease, tuple[Outcome, ...]]:
         """Replace the wants of a live lease; when nothing of it could be served the old wants stay."""
-        self._check_may_set()
+        self.check_may_set()
         lease = self.book.live(lease_id)
         check_wait(request.wait_s)
         gpus = [self.node.capabilities[g] for g in lease.gpus if g in self.node.capabilities]

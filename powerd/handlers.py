@@ -51,6 +51,7 @@ class Handlers:
         self.engine, self.node, self.hub, self.attach = engine, engine.node, hub, attach
         self.node_view = node_view
         self.windows, self.metrics_page, self.store = windows, metrics, store
+        self.count_jobs: Callable[[Metrics], None] = lambda metrics: None
         self._window_owner: dict[str, int | None] = {}
         self._document: bytes | None = None
         self._encoded: dict[tuple[Any, ...], bytes] = {}
@@ -99,7 +100,7 @@ class Handlers:
                 f"no GPU {uuid[:80]!r} on this node", hint=nearest(uuid, list(self.node.capabilities)), code="unknown_gpu"
             )
 
-    def _may_hold(self, call: Call, lease: Lease) -> None:
+    def may_hold(self, call: Call, lease: Lease) -> None:
         """Token, or the right to control: for changing and releasing."""
         if token_matches(lease, call.token) and not call.who.foreign:
             return
@@ -174,6 +175,7 @@ class Handlers:
         for lease in self.engine.leases.values():
             counts[lease.state] = counts.get(lease.state, 0) + 1
         self.metrics_page.leases(counts)
+        self.metrics_page.plans(len(self.engine.plans), self.engine.plans.beats, self.engine.plans.switches)
         self.metrics_page.gpus(self.node.capabilities.values())
         view = self.node_view()
         for name, value in (
@@ -181,6 +183,7 @@ class Handlers:
             ("powerd_config_last_reload_successful", view.config_reload_ok), ("powerd_energy_windows_open", len(self.windows)),
         ):  # fmt: skip
             self.metrics_page.set(name, value)
+        self.count_jobs(self.metrics_page)
         if self.store is not None:
             stats = self.store.stats()
             self.metrics_page.store(stats.rows, stats.dropped, stats.errors, stats.size_bytes)
@@ -256,7 +259,8 @@ class Handlers:
 
     # --- leases -----------------------------------------------------------------------------------------------------------------
 
-    async def _body(self, call: Call, kind: type[Any]) -> Any:
+    async def body(self, call: Call, kind: type[Any]) -> Any:
+        """The request's body as this type."""
         try:
             return decode(await call.request.read(), kind)
         except web.HTTPRequestEntityTooLarge as error:
@@ -270,7 +274,7 @@ class Handlers:
 
     async def lease_create(self, call: Call) -> web.Response:
         self._must_control(call)
-        request: LeaseRequest = await self._body(call, LeaseRequest)
+        request: LeaseRequest = await self.body(call, LeaseRequest)
         pidfd = None
         if not request.detached and not request.dry_run:
             if call.who.origin is not Origin.UNIX:
@@ -284,37 +288,39 @@ class Handlers:
             watch.close()
         return call.answer(lease_view(self.engine, lease, outcomes=outcomes, token=token, dry_run=request.dry_run))
 
-    def _visible(self, call: Call) -> Lease:
+    def visible(self, call: Call) -> Lease:
+        """The lease in the path, if the caller may see it."""
         lease = self.engine.book.find(call.request.match_info["id"])
         if not self._may_see(call, lease):
             raise RequestError(f"no lease {lease.id!r}", hint="powerctl lease list", code="not_found")
         return lease
 
     async def lease(self, call: Call) -> web.Response:
-        return call.answer(lease_view(self.engine, self._visible(call)))
+        return call.answer(lease_view(self.engine, self.visible(call)))
 
     async def lease_change(self, call: Call) -> web.Response:
-        lease = self._visible(call)
-        self._may_hold(call, lease)
-        request: LeaseChange = await self._body(call, LeaseChange)
+        lease = self.visible(call)
+        self.may_hold(call, lease)
+        request: LeaseChange = await self.body(call, LeaseChange)
         lease, outcomes = await self.engine.change(lease.id, request)
+        self.engine.plans.lease_changed(lease)
         return call.answer(lease_view(self.engine, lease, outcomes=outcomes))
 
     async def lease_heartbeat(self, call: Call) -> web.Response:
-        lease = self._visible(call)
-        self._may_hold(call, lease)
+        lease = self.visible(call)
+        self.may_hold(call, lease)
         return call.answer(lease_view(self.engine, self.engine.heartbeat(lease.id)))
 
     async def lease_release(self, call: Call) -> web.Response:
-        lease = self._visible(call)
-        self._may_hold(call, lease)
+        lease = self.visible(call)
+        self.may_hold(call, lease)
         lease, outcomes = await self.engine.release(lease.id)
         return call.answer(lease_view(self.engine, lease, outcomes=outcomes))
 
     # --- energy windows ----------------------------------------------------
 
     async def window_begin(self, call: Call) -> web.Response:
-        request: WindowBegin = await self._body(call, WindowBegin)
+        request: WindowBegin = await self.body(call, WindowBegin)
         for uuid in request.gpus:
             self._known_gpu(uuid)
             if self._view(call, uuid) is not View.FULL:
@@ -344,7 +350,7 @@ class Handlers:
 
     async def quiesce(self, call: Call) -> web.Response:
         self._must_control(call)
-        request: QuiesceRequest = await self._body(call, QuiesceRequest)
+        request: QuiesceRequest = await self.body(call, QuiesceRequest)
         self.engine.quiesce(request.max_s, request.reason)
         return call.answer(Ack(True, f"NVML handles are being closed; resumes by itself after {request.max_s:g} s"))
 

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 from powerd.api import API_VERSION
 from powerd.clock import Clock
-from powerd.hw import frames
+from powerd.hw import frames, passing
 from powerd.log import log
 from powerd.model import Outcome, Reading
 
 _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 _MAX_COMMANDS = 16
+_MAX_PLAN_FRAMES = 4096
 
 
 class HwListener(Protocol):
@@ -41,6 +42,7 @@ class Hw(Protocol):
     def connected(self) -> bool: ...
     def send_desired(self, rows: Sequence[frames.Desired]) -> int: ...
     def command(self, command: frames.Command, argument: int = 0) -> None: ...
+    def plan(self, content: dict[str, Any], beats: socket.socket | None = None) -> bool: ...
 
 
 class HwLink:
@@ -58,6 +60,7 @@ class HwLink:
         self._why = ""
         self._desired: bytes | None = None  # the newest table that the socket has not taken yet
         self._commands: deque[bytes] = deque(maxlen=_MAX_COMMANDS)
+        self._plans: deque[tuple[bytes, socket.socket | None]] = deque()
 
     @property
     def connected(self) -> bool:
@@ -77,6 +80,15 @@ class HwLink:
             self._seq += 1
             self._commands.append(frames.encode_command(self._seq, self._clock.now_ns(), command, argument))
             self._flush()
+
+    def plan(self, content: dict[str, Any], beats: socket.socket | None = None) -> bool:
+        """Send a clock plan with hw's end of its beat socket, which is closed here when it has gone; False: not connected."""
+        if not self._ready or len(self._plans) > _MAX_PLAN_FRAMES:
+            return False
+        chunks = frames.encode_table(frames.Kind.PLAN, 0, self._clock.now_ns(), frames.Table.PLAN, content)
+        self._plans += [(chunk, beats if chunk is chunks[-1] else None) for chunk in chunks]
+        self._flush()
+        return True
 
     async def run(self) -> None:
         """Keep connected; never returns but by cancellation."""
@@ -120,6 +132,10 @@ class HwLink:
         link, self._socket, self._ready = self._socket, None, False
         self._desired = None
         self._commands.clear()
+        for _, beats in self._plans:
+            if beats is not None:
+                beats.close()
+        self._plans.clear()
         if link is None:
             return
         loop = asyncio.get_running_loop()
@@ -134,13 +150,13 @@ class HwLink:
         self._why = self._why or why
         self._closed.set()
 
-    def _put(self, frame: bytes) -> bool:
+    def _put(self, frame: bytes, beats: socket.socket | None = None) -> bool:
         """Send one frame; False when the socket is full."""
         if self._socket is None:
             return True
         self._clock.flight(1)
         try:
-            self._socket.send(frame)
+            passing.send(self._socket, frame, () if beats is None else (beats.fileno(),))
         except BlockingIOError:
             self._clock.flight(-1)
             return False
@@ -158,12 +174,21 @@ class HwLink:
                 loop.add_writer(self._socket, self._flush)
                 return
             self._commands.popleft()
+        while self._plans and self._desired is None:  # a setpoint goes before the plan below it
+            frame, beats = self._plans[0]
+            if not self._put(frame, beats):
+                loop.add_writer(self._socket, self._flush)
+                return
+            self._plans.popleft()
+            if beats is not None:
+                beats.close()
         if self._desired is not None:
             if not self._put(self._desired):
                 loop.add_writer(self._socket, self._flush)
                 return
             self._desired = None
-        if self._socket is not None:
+            self._flush()
+        elif self._socket is not None:
             loop.remove_writer(self._socket)
 
     def _receive(self) -> None:

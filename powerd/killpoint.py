@@ -28,9 +28,13 @@ KILL_POINTS: tuple[str, ...] = (
     "hw.restore.written",
     # powerd-hw worker: compaction of its journal
     "hw.journal.compacted",
+    # powerd-hw worker: a clock plan
+    "hw.plan.armed",
+    "hw.plan.followed",
     # powerd-hw supervisor
     "hw.generation.raised",
     "hw.desired.received",
+    "hw.plan.received",
     "hw.worker.started",
     # powerd
     "powerd.lease.accepted",
@@ -38,11 +42,14 @@ KILL_POINTS: tuple[str, ...] = (
     "powerd.desired.sent",
     "powerd.outcome.received",
     "powerd.lease.answered",
+    "powerd.plan.sent",
+    "powerd.plan.armed",
     # client
     "client.lease.requested",
     "client.lease.granted",
     "client.attached",
     "client.wants.changed",
+    "client.plan.armed",
     "client.release.before",
 )
 

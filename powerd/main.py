@@ -126,17 +126,22 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.handlers import Handlers
     from powerd.hwchild import HwChild
     from powerd.hwlink import HwLink
+    from powerd.jobroutes import JobRoutes
+    from powerd.jobs import JobTable
     from powerd.leasebook import LeaseBook
     from powerd.leasefile import LeaseFile
     from powerd.log import log
     from powerd.node import Node, alive
     from powerd.notify import listen_sockets, notify, watchdog_ns
     from powerd.peer import group_id
+    from powerd.planroutes import PlanRoutes
     from powerd.server import Server
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
     from powerd.sockets import bind, lock_state, make_dir
+    from powerd.solver_child import Solver
     from powerd.sse import Hub
+    from powerd.trace import EnergySpans
     from powerd.views import lease_view, node_view
     from powerd.windows import EnergyWindows
 
@@ -162,13 +167,17 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         windows = EnergyWindows(clock, round(clocks.NS / config.hw.sample_hz))
         metrics = Metrics() if config.metrics.enabled else None
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
+        spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
+        jobs = JobTable()
         node.listeners.append(windows.observe)
+        node.listeners.append(spans.observe)
         if metrics is not None:
             node.listeners.append(metrics.observe)
             events.listeners.append(lambda event: _count(metrics, event))
             engine.setpoints.on_set = metrics.was_set
         if store is not None:
             node.listeners.append(store.append)
+            jobs.listeners.append(store.append_job)
             events.listeners.append(store.append_event)
 
         # Who asks
@@ -186,20 +195,26 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         attach = AttachServer(engine, attach_socket, rules, alive)
 
         def on_lease(lease: Any) -> None:
+            engine.plans.lease_changed(lease)
             attach.lease_changed(lease)
             if store is not None:
                 view: LeaseView = lease_view(engine, lease)
                 store.append_lease(view)
 
         book.on_lease = on_lease
+        engine.plans.on_plan = attach.plan_changed
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
-        server = Server(clock, handlers.table(), rules, lambda: tcp_token)
+        solver = Solver(clock)
+        job_routes = JobRoutes(handlers, spans, jobs, solver)
+        handlers.count_jobs = job_routes.count
+        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table()}
+        server = Server(clock, routes, rules, lambda: tcp_token)
 
         # powerd-hw
         hw_socket = arguments.hw_socket or (run_dir / "hw" / "hw.sock")
         link = HwLink(hw_socket, clock, engine)
-        engine.hw = link
+        engine.hw = engine.plans.hw = link
         child = None
         if not arguments.hw_socket:
             make_dir(hw_socket.parent, 0o700)
@@ -216,6 +231,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 engine.apply_config(new)
                 node.sample_hz = new.hw.sample_hz
                 windows.sampled_every(round(clocks.NS / new.hw.sample_hz))
+                spans.sampled_every(round(clocks.NS / new.hw.sample_hz))
                 reload_error = ""
                 events.add("config_reloaded")
             except ConfigError as error:
@@ -238,6 +254,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload)
         engine.start()
+        if store is not None:
+            await _load_jobs(jobs, store, clock)
         attach.start()
         await server.start(api_socket, config.tcp)
         work: list[Coroutine[Any, Any, None]] = [engine.run(), link.run()]
@@ -266,6 +284,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             notify("STOPPING=1")
             engine.stop(restore=child is not None)
             attach.stop()
+            solver.stop()
             await server.stop()
             for task in tasks:
                 task.cancel()
@@ -283,6 +302,13 @@ def _count(metrics: Any, event: Event) -> None:
         metrics.drift(event.subject or "")
     elif event.kind == "restored":
         metrics.restored(str(event.data.get("cause") or ""))
+
+
+async def _load_jobs(jobs: Any, store: Any, clock: Clock) -> None:
+    """What an earlier daemon stored of jobs; a store that cannot be read is its own trouble."""
+    with clocks.standing(clock), contextlib.suppress(UnavailableError):
+        rows, steps = await asyncio.to_thread(store.jobs)
+        jobs.load(rows, steps, clock.now_ns(), clock.wall_ns())
 
 
 async def _has_gpu(node: Any, clock: Clock, wait_s: float = 10.0) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from powerd.clock import NS, Clock
+from powerd.errors import RequestError, UnavailableError
 from powerd.hw.tables import capabilities_of, processes_of
 from powerd.log import log
 from powerd.model import Capabilities, Health, Reading, Snapshot
@@ -164,3 +165,17 @@ class Node:
     def age_s(self) -> float | None:
         """How old the newest snapshot is."""
         return None if self.snapshot is None else max(0.0, (self._clock.now_ns() - self.snapshot.time_ns) / NS)
+
+
+def check_may_set(control: bool, node: Node, *, panic: bool, quiesced: bool, connected: bool) -> None:
+    """RequestError or UnavailableError when nobody may set anything on this node now, with what to do about it."""
+    if not (control and node.control):
+        raise RequestError("powerd only monitors", code="monitor_only", hint="set control = true in [daemon] and reload powerd")
+    if panic:
+        raise UnavailableError("panic: every GPU is at baseline", hint="powerctl resume", code="busy")
+    if quiesced:
+        raise UnavailableError("quiesced for maintenance", hint="powerctl resume, or wait", code="busy")
+    if node.hold:
+        raise UnavailableError(f"powerd-hw keeps every GPU at baseline: {node.hold}", hint="powerctl resume", code="busy")
+    if not connected:
+        raise UnavailableError("powerd-hw is not connected", hint=node.hw_problem or "systemctl status powerd-hw")

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from aiohttp import web
 
 from powerd.access import Origin, Principal, Rules, may_control
-from powerd.api import API_HEADER, API_VERSION, FLIGHT_HEADER, ROUTES
+from powerd.api import API_HEADER, API_VERSION, FLIGHT_HEADER, MAX_BODY_BYTES, ROUTES
 from powerd.attach import check_version, error_body
 from powerd.call import Call, Handler
 from powerd.clock import Clock
@@ -32,7 +32,6 @@ from powerd.node import alive
 from powerd.peer import peer_pidfd, unix_principal
 from powerd.tcp import tcp_address, tls_context
 
-MAX_BODY_BYTES = 64 * 1024
 _VERSION = f"{API_VERSION[0]}.{API_VERSION[1]}"
 _MAX_CONNECTIONS = 256  # of one user who may control
 _MAX_PER_UID = 32  # of anybody else
@@ -72,8 +71,8 @@ class Server:
         self._buckets: dict[int | None, _Bucket] = {}
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for route in ROUTES:
-            app.router.add_route(route.method, route.path, self._guard(handlers[route.name]))
-        app.router.add_route("*", "/{path:.*}", self._guard(self._nowhere))
+            app.router.add_route(route.method, route.path, self._guard(handlers[route.name], route.max_body_bytes))
+        app.router.add_route("*", "/{path:.*}", self._guard(self._nowhere, MAX_BODY_BYTES))
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=3600.0, shutdown_timeout=1.0)
 
     async def start(self, unix: socket.socket, tcp: TcpConfig | None = None) -> None:
@@ -114,8 +113,10 @@ class Server:
             except OSError:
                 link.close()
 
-    def _guard(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _guard(self, handler: Handler, max_body_bytes: int) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
+            if max_body_bytes != MAX_BODY_BYTES:
+                request = request.clone(client_max_size=max_body_bytes)
             counted = FLIGHT_HEADER in request.headers and self._clock.scale == 0.0
             headers = {API_HEADER: _VERSION}
             try:

@@ -29,7 +29,7 @@ def lease_view(
         ttl_s=seconds(lease.ttl_ns), expires_in_s=max(0.0, seconds(lease.expires_ns - until_ns)) if lease.live else 0.0,
         age_s=seconds(until_ns - lease.created_ns),
         outcomes=engine.setpoints.answers(lease) if outcomes is None else outcomes,
-        refused=engine.setpoints.refusals(lease.id), end=lease.end, token=token, dry_run=dry_run,
+        refused=engine.setpoints.refusals(lease.id), end=lease.end, token=token, dry_run=dry_run, plans=engine.plans.of(lease.id),
     )  # fmt: skip
 
 
@@ -100,8 +100,10 @@ def explain_view(engine: Engine, uuid: str, reading: Reading | None, leases: Ite
             )
         )  # fmt: skip
     bits = reading.clock_event_reasons if reading is not None else None
+    holders = tuple(lease_view(engine, lease) for lease in leases if uuid in lease.gpus)
     return Explain(
         uuid=uuid, index=capabilities.gpu.index, name=capabilities.gpu.name, health=node.health(uuid).value, reading=reading,
         clock_event_reasons=() if bits is None else reason_names(bits), controls=tuple(controls),
-        leases=tuple(lease_view(engine, lease) for lease in leases if uuid in lease.gpus), recent_events=engine.events.of(uuid),
+        leases=holders, recent_events=engine.events.of(uuid),
+        plans=tuple(plan for holder in holders for plan in holder.plans if plan.uuid == uuid),
     )  # fmt: skip

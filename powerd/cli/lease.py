@@ -29,7 +29,7 @@ from powerd.cli.context import (
     split_gpus,
     tell_outcomes,
 )
-from powerd.cli.output import console, emit_json, table, want
+from powerd.cli.output import console, emit_json, plan, table, want
 from powerd.errors import RequestError
 
 if TYPE_CHECKING:
@@ -127,13 +127,14 @@ def list_(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         return
     node = client.node()
     indices = {c.gpu.uuid: str(c.gpu.index) for c in node.gpus}
-    rows = table("lease", "state", "GPU", "user", ">pid", "wants", "reason", ">expires in",
+    rows = table("lease", "state", "GPU", "user", ">pid", "wants", "plans", "reason", ">expires in",
                  title=f"leases{f' ({simulated(node)})' if node.simulated else ''}")  # fmt: skip
     for view in views:
         where = ",".join(indices.get(uuid, uuid) for uuid in view.gpus)
         what = "; ".join(map(want, view.wants))
         pid = "-" if view.pid is None else str(view.pid)
-        rows.add_row(view.id, str(view.state), where, view.user, pid, what, view.reason, f"{view.expires_in_s:.0f} s")
+        plans = "; ".join(map(plan, view.plans)) or "-"
+        rows.add_row(view.id, str(view.state), where, view.user, pid, what, plans, view.reason, f"{view.expires_in_s:.0f} s")
     console().print(rows)
 
 
@@ -157,6 +158,8 @@ def show(ctx: typer.Context, lease_id: LeaseId, as_json: JsonFlag = False) -> No
     print(f"  ends    in {view.expires_in_s:.0f} s of {view.ttl_s:g} s unless renewed")
     for outcome in view.outcomes:
         print(f"  GPU {indices.get(outcome.uuid, outcome.uuid)} {outcome.control}: {outcome.verdict} {outcome.detail}".rstrip())
+    for armed in view.plans:
+        print(f"  GPU {indices.get(armed.uuid, armed.uuid)} clock plan {plan(armed)}; {armed.switches} clocks set")
     for refusal in view.refused:
         print(f"  GPU {indices.get(refusal.uuid, refusal.uuid)} {refusal.control}: not served: {refusal.why}")
 

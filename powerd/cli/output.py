@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from powerd.api import LeaseView, NodeView, SnapshotView, WantSpec
+    from powerd.api import LeaseView, NodeView, PlanView, SnapshotView, WantSpec
 
 
 #: Room for every column where no terminal bounds it; $COLUMNS describes a terminal, not a pipe.
@@ -75,6 +75,20 @@ def want(spec: WantSpec) -> str:
     return f"{spec.control} >= {low} {unit}" if high is None else f"{spec.control} {low}-{high} {unit}"
 
 
+def plan(view: PlanView) -> str:
+    """How a clock plan stands, such as ``p1 running at step 4, 3 of 8, cut to 1200 MHz``."""
+    where = "" if view.step is None or view.index is None else f" at step {view.step}, {view.index + 1} of {view.instructions}"
+    why = f" ({view.why})" if view.why else ""
+    cut = "" if view.ceiling_mhz is None else f", cut to {view.ceiling_mhz} MHz"
+    return f"{view.id} {view.state}{why}{where}{cut}"
+
+
+def holder(lease: LeaseView, uuid: str) -> str:
+    """Who holds this GPU with what, such as ``ada: sm_clock <= 1980 MHz; plan p1 running``."""
+    plans = [f"plan {p.id} {p.state}" for p in lease.plans if p.uuid == uuid]
+    return f"{lease.user}: {'; '.join([*map(want, lease.wants), *plans])}"
+
+
 def node_line(node: NodeView) -> str:
     """One line that says what this node is and whether powerd may set anything."""
     mode = "control" if node.control else node.control_why or "monitor only"
@@ -92,7 +106,7 @@ def status_table(node: NodeView, snapshot: SnapshotView, leases: tuple[LeaseView
     for capability in node.gpus:
         gpu = capability.gpu
         r = next((r for r in snapshot.readings if r.uuid == gpu.uuid), None)
-        holders = [f"{lease.user}: {'; '.join(map(want, lease.wants))}" for lease in leases if gpu.uuid in lease.gpus]
+        holders = [holder(lease, gpu.uuid) for lease in leases if gpu.uuid in lease.gpus]
         if r is None:
             rows.add_row(str(gpu.index), gpu.name, *["-"] * 7, joined(holders) or "-", "not visible to you")
             continue

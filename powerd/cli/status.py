@@ -12,7 +12,7 @@ import typer
 
 from powerd import units
 from powerd.cli.context import GpuNames, JsonFlag, connect, note, simulated, verdict_text
-from powerd.cli.output import console, emit_json, interval, status_table, table, want
+from powerd.cli.output import console, emit_json, interval, plan, status_table, table, want
 from powerd.errors import PowerdError, UnavailableError
 
 if TYPE_CHECKING:
@@ -115,6 +115,10 @@ def _print(page: Explain, node: NodeView | None) -> None:
             wants = "; ".join(map(want, lease.wants))
             rows.add_row(lease.id, lease.user, str(lease.state), wants, lease.reason, f"{lease.expires_in_s:.0f} s")
         out.print(rows)
+    if page.plans:
+        out.print("\nclock plans")
+        for view in page.plans:
+            out.print(f"  {plan(view)}; {view.switches} clocks set", markup=False)
     if page.recent_events:
         out.print("\nrecent events")
         for event in page.recent_events:

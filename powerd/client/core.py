@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 from powerd.api import (
     LEASE_TOKEN_HEADER,
@@ -23,6 +24,8 @@ from powerd.api import (
     LeaseRequest,
     LeaseView,
     NodeView,
+    PlanRequest,
+    PlanView,
     QuiesceRequest,
     SnapshotView,
     WantSpec,
@@ -31,11 +34,12 @@ from powerd.api import (
 )
 from powerd.client import stream as _stream
 from powerd.client.codec import encode, neutral
+from powerd.client.jobcalls import JobCalls
 from powerd.client.lease import Bounds, Lease, want_specs
 from powerd.client.transport import Transport, default_socket
 from powerd.client.window import EnergyWindow
 from powerd.errors import PowerdError, RequestError, UnavailableError
-from powerd.model import Event, Gpu, WantClass
+from powerd.model import ClockPlan, Event, Gpu, WantClass
 from powerd.visible import device_minors, pick, visible
 
 T = TypeVar("T")
@@ -44,7 +48,7 @@ log = logging.getLogger("powerd.client")
 _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Client:
+class Client(JobCalls):
     """A connection to one node's powerd; safe to share between threads and to carry over a fork.
 
     ``socket`` is a Unix socket (default: ``$POWERD_SOCKET``, this user's daemon, the system's); ``url`` with ``token_file``
@@ -316,6 +320,23 @@ class Client:
         """Die here if a test asked for it."""
         if self._transport is not None:
             self._transport.killpoint(name)
+
+    # -- clock plans -----------------------------------------------------------------------------------------------------
+
+    def plans(self, lease_id: str, token: str | None = None) -> tuple[PlanView, ...]:
+        """The clock plans that are armed for a lease."""
+        return self._ask(tuple[PlanView, ...], "plans", "GET", f"/v1/leases/{lease_id}/plans", headers=_token(token))
+
+    def plan_arm(self, lease_id: str, plan: ClockPlan, token: str | None = None) -> PlanView:
+        """``POST /v1/leases/{id}/plans`` as it is; ``Lease.arm`` takes the beat socket as well."""
+        path, body = f"/v1/leases/{lease_id}/plans", PlanRequest(plan)
+        return self._ask(PlanView, "clock plan", "POST", path, body, headers=_token(token), timeout_s=self._wait(5.0))
+
+    def plan_disarm(self, lease_id: str, plan: str | int, token: str | None = None) -> Ack:
+        """Give up the clock plans with this id, or the one with this number; RequestError when there is none."""
+        return self._ask(
+            Ack, "clock plan", "DELETE", f"/v1/leases/{lease_id}/plans/{quote(str(plan), safe='')}", headers=_token(token)
+        )
 
     # -- energy ----------------------------------------------------------------------------------------------------------
 

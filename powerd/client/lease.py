@@ -10,21 +10,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from powerd.api import API_VERSION, LeaseRequest, LeaseView, RefusalView, WantSpec
+from powerd.api import API_VERSION, Ack, LeaseRequest, LeaseView, PlanView, RefusalView, WantSpec
+from powerd.client import beats as _beats
+from powerd.client.background import nothing, pacer, start
+from powerd.client.beats import BeatDesk, Beats
 from powerd.client.codec import CodecError, decode, neutral
 from powerd.client.transport import check_server, error_of
 from powerd.errors import LeaseLostError, PowerdError, RequestError, UnavailableError
-from powerd.model import Control, LeaseState, Outcome, Verdict
+from powerd.model import ClockPlan, Control, LeaseState, Outcome, Verdict
 
 if TYPE_CHECKING:
     from powerd.client.core import Client
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 #: One number, or (low, high) with ``None`` for an open end, or nothing wanted.
 Bounds = float | tuple[float | None, float | None] | None
 REATTACH_S = 60.0  # how long a holder tries to come back after a daemon restart
-_NS = 1_000_000_000
 _MESSAGE_BYTES = 1 << 18  # a lease on many GPUs tells of many outcomes
 
 
@@ -76,6 +76,7 @@ class Lease:
         self._wake_heart = self._stop.set
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
+        self._desk = BeatDesk()
         self.lost_reason = ""
 
     @classmethod
@@ -96,9 +97,9 @@ class Lease:
                 raise
             client.killpoint("client.attached")
             _attached.add(lease)
-            _start(lease._watch, "powerd-lease-attach")
+            start(lease._watch, "powerd-lease-attach")
         if keep_alive:
-            _start(lease._beat, "powerd-lease-heartbeat")
+            start(lease._beat, "powerd-lease-heartbeat")
         return lease
 
     @classmethod
@@ -165,6 +166,38 @@ class Lease:
 
         return self._client.guard("lease change", change, tuple)
 
+    def arm(self, plan: ClockPlan, *, wait_s: float = 2.0) -> Beats:
+        """Have powerd-hw follow a clock plan on one GPU of this lease, driven by the beats of what is returned.
+
+        The lease has to want a bound on the SM clock, which cuts the plan: its highest clock, usually. A plan that is armed on
+        this GPU already goes on until the first beat of this one. ``wait_s``: how long the beat socket may take.
+        RequestError names the instruction whose clock cannot be; LeaseLostError when the lease is gone.
+        """
+
+        def arm() -> Beats:
+            if not self._held:
+                raise LeaseLostError(
+                    f"lease {self.id or 'never granted'}: {self.lost_reason or 'released'}", hint="acquire again"
+                )
+            view = self._client.plan_arm(self.id, plan, self._token)
+            if not view.id:
+                return _beats.inert(self._client)
+
+            def give_up() -> None:
+                self._desk.forget(view.number)
+                if self._held:
+                    self._client.guard("plan", lambda: self._client.plan_disarm(self.id, view.number, self._token), Ack)
+
+            beats = self._desk.give(self._client, view, wait_s, give_up)
+            self._client.killpoint("client.plan.armed")
+            return beats
+
+        return self._client.guard("clock plan", arm, lambda: _beats.inert(self._client))
+
+    def plans(self) -> tuple[PlanView, ...]:
+        """The clock plans that are armed for this lease, as the daemon knows them now."""
+        return self._client.plans(self.id, self._token) if self.id else ()
+
     def renew(self) -> bool:
         """Renew the TTL now (the heartbeat does so by itself); False when the lease is gone."""
 
@@ -187,6 +220,7 @@ class Lease:
         was_held, self._held = self._held, False
         self._stop.set()
         self._wake_heart()
+        self._desk.end("released")
 
         def give_back() -> None:
             if was_held:
@@ -230,6 +264,7 @@ class Lease:
             self._stop.set()
             self._wake_heart()
             self._client.warn(f"lease {self.id}", LeaseLostError(f"lost: {why}"))
+            self._desk.end(why)
 
     def _attach(self) -> socket.socket:
         transport = self._client.transport
@@ -241,7 +276,7 @@ class Lease:
             check_server(sock, transport.server_uids)
             hello = {"api": ".".join(map(str, API_VERSION)), "lease": self.id, "token": self._token}
             sock.sendall(json.dumps(hello).encode())
-            self._take(sock.recv(_MESSAGE_BYTES))
+            self._take(sock)
             sock.settimeout(None)
         except PowerdError:
             sock.close()
@@ -251,19 +286,24 @@ class Lease:
             raise UnavailableError(f"cannot attach the lease at {path}: {error or 'timed out'}") from error
         return sock
 
-    def _take(self, message: bytes) -> None:
-        """One message of the attach socket: the lease as it is now, or why it is not."""
-        if not message:
-            raise UnavailableError("powerd closed the attach socket")
+    def _take(self, sock: socket.socket) -> None:
+        """One message of the attach socket: the lease as it is now or why it is not, or something of its clock plans."""
+        message, descriptors, _, _ = socket.recv_fds(sock, _MESSAGE_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
         try:
+            if not message:
+                raise UnavailableError("powerd closed the attach socket")
             content = json.loads(message)
             if not isinstance(content, dict):
                 raise CodecError("not an object")
             if "error" in content or "code" in content:
                 raise error_of(500, message)
-            self._seen(decode(LeaseView, content))
-        except (ValueError, RecursionError) as error:
+            if not self._desk.take(content, descriptors):
+                self._seen(decode(LeaseView, content))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnavailableError(f"the attach socket said something that is not powerd's: {error}") from error
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def _watch(self) -> None:
         """Follow the attach socket; when it closes, come back by token until that is refused or too late."""
@@ -272,7 +312,7 @@ class Lease:
             if sock is None:
                 return
             try:
-                self._take(sock.recv(_MESSAGE_BYTES))
+                self._take(sock)
             except (PowerdError, OSError) as error:
                 if self._stop.is_set() or not self._held:
                     return
@@ -297,9 +337,9 @@ class Lease:
 
     def _beat(self) -> None:
         """Renew the TTL at a third of it, in the node's own time."""
-        leave = _nothing
+        leave = nothing
         try:
-            wait, leave = _pacer(self)
+            wait, self._wake_heart, leave = pacer(self._stop, self._client.time_scale)
             while self._held and not self._stop.is_set():
                 wait(max(0.1, (self._view.ttl_s or 60.0) / 3))
                 if self._stop.is_set() or not self._held:
@@ -334,49 +374,6 @@ class Lease:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-
-
-def _start(action: Callable[[], None], name: str) -> None:
-    """A background thread that takes no signal: those are for the threads of the program that we are a guest in."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        threading.Thread(target=action, name=name, daemon=True).start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _nothing() -> None:
-    return None
-
-
-def _pacer(lease: Lease) -> tuple[Callable[[float], None], Callable[[], None]]:
-    """How this process waits in the node's time, by its clock or scaled by what the node says, and how it stops waiting."""
-    if os.environ.get("POWERD_SIM_STATE"):
-        from powerd.clock import from_environment
-
-        clock = from_environment()
-        waiter = clock.waiter("lease heartbeat")
-
-        def wake() -> None:
-            lease._stop.set()
-            waiter.wake()
-
-        lease._wake_heart = wake
-
-        def wait_simulated(seconds: float) -> None:
-            if not lease._stop.is_set():
-                waiter.wait_until(clock.now_ns() + round(seconds * _NS))
-
-        return wait_simulated, waiter.close
-
-    def wait(seconds: float) -> None:
-        try:
-            seconds /= lease._client.time_scale() or 1.0
-        except PowerdError:
-            seconds = 0.5  # the daemon is away just now: ask it soon
-        lease._stop.wait(seconds)
-
-    return wait, _nothing
 
 
 _attached: weakref.WeakSet[Lease] = weakref.WeakSet()

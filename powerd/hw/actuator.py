@@ -6,57 +6,41 @@ pair on its own, so that no failure of one keeps another from its baseline; appl
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+import contextlib
+import socket
+from collections.abc import Mapping
 from dataclasses import replace
 
 from powerd.clock import NEVER_NS, NS, Clock
 from powerd.config import Config
 from powerd.errors import DeviceError
 from powerd.hw import bounds, port, verify
+from powerd.hw.beats import GpuPlans
 from powerd.hw.fence import Fence
 from powerd.hw.journal import Journal
-from powerd.hw.pair import Act, Pair, decide, is_news, look
+from powerd.hw.judge import RETRY_MAX_NS, RETRY_NS, TELL_NS, Emit, Judge, Tell
+from powerd.hw.pair import Act, Pair, clamped, decide, found
+from powerd.hw.plan import Order
 from powerd.hw.port import Device
 from powerd.killpoint import killpoint
-from powerd.model import Capabilities, Control, Interval, Outcome, Reading, Restart, Support, Verdict
+from powerd.model import Capabilities, Control, Interval, Outcome, Restart, Support, Verdict
 
-_RETRY_NS = NS // 2
-_RETRY_MAX_NS = 30 * NS
-_QUIET_NS = 60 * NS  # without drift for this long, enforcing starts over with its shortest pause
 _HOPELESS = frozenset({"no_permission", "not_supported", "bad_value"})  # asking again cannot help
 
-Emit = Callable[[Outcome], None]
-Tell = Callable[..., None]  # kind, uuid, subject, detail, **data
 
-
-class Actuator:
+class Actuator(Judge):
     """All controls of one GPU; ``step`` runs in the GPU's setter thread, everything else in any."""
 
     def __init__(
-        self,
-        device: Device,
-        capabilities: Capabilities,
-        config: Config,
-        clock: Clock,
-        journal: Journal,
-        fence: Fence,
-        emit: Emit,
-        tell: Tell,
-    ) -> None:
+        self, device: Device, capabilities: Capabilities, config: Config, clock: Clock, journal: Journal, fence: Fence,
+        emit: Emit, tell: Tell,
+    ) -> None:  # fmt: skip
+        super().__init__(device.gpu.uuid, config, clock, journal, emit, tell)
         self.capabilities = capabilities
-        self.uuid = device.gpu.uuid
         self.wedged = False
-        self.changed: Callable[[], None] = lambda: None  # wakes the setter thread
-        self._device, self._config, self._clock = device, config, clock
-        self._journal, self._fence, self._emit, self._tell = journal, fence, emit, tell
-        self._lock = threading.RLock()
+        self.plans = GpuPlans(self.uuid, clock, tell, lambda: self.changed())  # noqa: PLW0108 (it is set later)
+        self._device, self._fence = device, fence
         self._away = False
-        self._busy: tuple[int, float, str, Pair] | None = None  # since, deadline_s, what, pair
-        self._pairs: Mapping[Control, Pair] = {control: Pair(control) for control in Control}
-        for control, pair in self._pairs.items():
-            if journal.entry(self.uuid, control) is not None:
-                pair.touched, pair.cause = True, Restart.JOURNAL_REPLAY
 
     # desired state in
 
@@ -81,7 +65,7 @@ class Actuator:
         if new:
             pair.attempts = pair.retry_ns = pair.drifts = 0
             pair.yielded, pair.refused, pair.candidate = False, None, None
-            pair.target = None
+            pair.target = pair.planned = None
         if value is None:
             pair.answered = False
             if not pair.touched:
@@ -92,7 +76,7 @@ class Actuator:
         pair.answered = False
         if pair.refused is not None:
             self._answer(pair, Verdict.FAILED, detail=str(pair.refused), nvml_code=pair.refused.nvml_code)
-        elif pair.outcome is not None and (pair.held == pair.target or pair.yielded):
+        elif not pair.follows and (pair.held == pair.goal or pair.yielded):
             self._repeat(pair)
 
     def clock_wanted(self) -> bool:
@@ -110,6 +94,8 @@ class Actuator:
         """A new configuration: what it still admits is not touched, the rest is cut to the new limits now or restored."""
         with self._lock:
             self._config = config
+            with contextlib.suppress(DeviceError):  # no clock is left: the setpoint is refused and the plan ends with it
+                self.plans.configure(self.capabilities, config.limits)
             for pair in self._pairs.values():
                 refused_by_driver = pair.refused is not None and pair.target is not None
                 if pair.wish is None or pair.yielded or refused_by_driver:
@@ -124,11 +110,25 @@ class Actuator:
                     self._answer(pair, Verdict.FAILED, detail=str(pair.refused), nvml_code=pair.refused.nvml_code)
         self.changed()
 
-    def _repeat(self, pair: Pair) -> None:
-        """The wish is what is held already: answer with what is known, under the new number."""
-        last = pair.outcome
-        if last is not None and last.verdict is not Verdict.PENDING:
-            self._send(pair, replace(last, seq=pair.seq, requested=pair.wish, received_ns=pair.received_ns))
+    def arm(self, order: Order, link: socket.socket) -> None:
+        """Follow a clock plan below the setpoint of the SM clock. DeviceError, RequestError: it cannot be."""
+        pair = self._pairs[Control.SM_CLOCK]
+        with self._lock:
+            if pair.wish is None or pair.yielded or pair.target is None:
+                raise pair.refused or DeviceError("nothing holds the SM clock of this GPU", hint="hold a lease on it")
+            limits = self._config.limits
+        self.plans.arm(order, link, self.capabilities, limits)  # a long plan takes a while: beats of the present one go on
+        self.changed()
+
+    def _follow(self, now_ns: int) -> None:
+        """What the clock plan, if there is one, makes of the setpoint now; called with the lock held."""
+        pair = self._pairs[Control.SM_CLOCK]
+        if self.plans.active and (pair.wish is None or pair.yielded or pair.target is None):
+            self.plans.end_all(f"the setpoint of the SM clock has ended ({pair.cause.value})")
+        pair.follows = self.plans.active
+        pair.planned = None if pair.target is None else self.plans.follow(now_ns, pair.target)
+        if pair.follows and not pair.answered and pair.held == pair.goal:
+            self._repeat(pair)
 
     # driver calls
 
@@ -137,7 +137,12 @@ class Actuator:
         next_ns = NEVER_NS
         for pair in self._pairs.values():
             with self._lock:
-                act, when_ns = (Act.NOTHING, NEVER_NS) if self._away else decide(pair, self._clock.now_ns())
+                now_ns = self._clock.now_ns()
+                if pair.control is Control.SM_CLOCK:
+                    self._follow(now_ns)
+                act, when_ns = (Act.NOTHING, NEVER_NS) if self._away else decide(pair, now_ns)
+                if pair.untold:
+                    when_ns = min(when_ns, self._summarise(pair, now_ns))
             if act is Act.NOTHING:
                 next_ns = min(next_ns, when_ns)
                 continue
@@ -151,7 +156,9 @@ class Actuator:
                 self._busy, self.wedged = None, False
             with self._lock:
                 next_ns = min(next_ns, decide(pair, self._clock.now_ns())[1])
-        return next_ns
+                if pair.untold:
+                    next_ns = min(next_ns, pair.told_ns + TELL_NS)
+        return min(next_ns, self.plans.late_ns)
 
     def _watch(self, pair: Pair, what: str, deadline_s: float) -> int:
         now_ns = self._clock.now_ns()
@@ -169,16 +176,19 @@ class Actuator:
         return None if found_mw is None else Interval(found_mw, found_mw)
 
     def _set(self, pair: Pair) -> None:
-        killpoint("hw.intent.before")
         with self._lock:
-            value, seq = pair.target, pair.seq
-        if value is None:
+            value, seq, follows = pair.goal, pair.seq, pair.follows
+            whole = pair.target if not follows or pair.target is None else self.plans.span(pair.target)
+        if value is None or whole is None:
             return
         entry = self._journal.entry(self.uuid, pair.control)
-        baseline = entry.baseline if entry else self._baseline(pair)
-        pair.touched = True
-        self._journal.intend(self.uuid, pair.control, baseline, value)
-        killpoint("hw.intent.written")
+        promised = pair.promised
+        if entry is None or not follows or promised is None or promised.meet(value) != value:
+            killpoint("hw.intent.before")
+            baseline = entry.baseline if entry else self._baseline(pair)
+            pair.touched, pair.promised = True, whole
+            self._journal.intend(self.uuid, pair.control, baseline, whole)
+            killpoint("hw.intent.written")
         try:
             called_ns, returned_ns = self._told(pair, value, "hw.call.before", "hw.call.returned")
         except DeviceError as error:
@@ -187,28 +197,30 @@ class Actuator:
                 pair.touched = False
             raise
         with self._lock:
-            if pair.held is None or value.high < pair.held.high:
+            if not follows and (pair.held is None or value.high < pair.held.high):
                 pair.stepped_down_ns = returned_ns
-            pair.held, pair.set_ns, pair.attempts, pair.retry_ns, pair.candidate = value, returned_ns, 0, 0, None
+            pair.held, pair.set_ns, pair.attempts, pair.retry_ns = value, returned_ns, 0, 0
+            pair.candidate = pair.candidate if follows else None
         done = Outcome(
             uuid=self.uuid, control=pair.control, seq=seq, requested=pair.wish, verdict=Verdict.PENDING, accepted=value,
-            received_ns=pair.received_ns, called_ns=called_ns, returned_ns=returned_ns, detail=self._clamped(pair.wish, value),
+            received_ns=pair.received_ns, called_ns=called_ns, returned_ns=returned_ns, detail=clamped(pair.wish, value),
         )  # fmt: skip
+        if follows:
+            self.plans.switched()
+            killpoint("hw.plan.followed")
+            self._followed(pair, done)
+            return
         killpoint("hw.readback.before")
         if pair.control is Control.POWER_LIMIT:
             self._watch(pair, "read power limit", self._config.hw.read_deadline_s)
             finding = verify.limit(value.high, *self._device.power_limits_mw())
-            done = self._found(done, finding)
+            done = found(done, finding, self._clock.now_ns())
         killpoint("hw.verified")
         self._journal.done(self.uuid, pair.control, value)
         killpoint("hw.done.written")
         with self._lock:
-            if pair.wish is not None and pair.target == value:
+            if pair.wish is not None and pair.goal == value:
                 self._send(pair, replace(done, seq=pair.seq))
-
-    @staticmethod
-    def _clamped(wish: Interval | None, value: Interval) -> str:
-        return "" if wish == value or wish is None else f"{wish.low}..{wish.high} admitted as {value.low}..{value.high}"
 
     def _told(self, pair: Pair, value: Interval | None, before: str, after: str) -> tuple[int, int]:
         """One driver call behind the fence; ``None`` unlocks."""
@@ -245,25 +257,23 @@ class Actuator:
             finding = verify.limit(baseline.high, *self._device.power_limits_mw())
             if finding.drift:
                 raise DeviceError(f"power limit not restored: {finding.detail}", code="busy")
-            done = self._found(done, finding)
+            done = found(done, finding, self._clock.now_ns())
         self._journal.restored(self.uuid, pair.control)
         killpoint("hw.restore.written")
         with self._lock:
             pair.touched, pair.held, pair.attempts, pair.retry_ns = False, None, 0, 0
-            pair.stepped_down_ns = 0
+            pair.stepped_down_ns, pair.promised = 0, None
             cause = pair.cause
             if pair.wish is None:
                 self._send(pair, replace(done, seq=pair.seq))
-        value = "unlocked" if baseline is None else f"{baseline.low}..{baseline.high} {pair.control.unit}"
-        if baseline is not None and baseline.low == baseline.high:
-            value = f"{baseline.high} {pair.control.unit}"
+        value = bounds.shown(baseline, pair.control)
         self._tell("restored", self.uuid, pair.control.value, f"{pair.control.value} back at {value}", cause=cause.value)
 
     def _failed(self, pair: Pair, error: DeviceError) -> None:
         with self._lock:
             pair.attempts += 1
             pair.held = None
-            pause_ns = min(_RETRY_NS << min(pair.attempts - 1, 10), _RETRY_MAX_NS)
+            pause_ns = min(RETRY_NS << min(pair.attempts - 1, 10), RETRY_MAX_NS)
             pair.retry_ns = self._clock.now_ns() + pause_ns
             if error.code.name in _HOPELESS and pair.wish is not None:
                 pair.refused = error
@@ -280,81 +290,6 @@ class Actuator:
     def _learn(self, control: Control, why: str) -> None:
         controls = {**self.capabilities.controls, control: Support(False, why)}
         self.capabilities = replace(self.capabilities, controls=controls)
-
-    # answers
-
-    def _answer(self, pair: Pair, verdict: Verdict, *, detail: str = "", nvml_code: int = 0) -> None:
-        self._send(
-            pair,
-            Outcome(
-                uuid=self.uuid, control=pair.control, seq=pair.seq, requested=pair.wish, verdict=verdict, detail=detail,
-                nvml_code=nvml_code, received_ns=pair.received_ns,
-            ),
-        )  # fmt: skip
-
-    def _send(self, pair: Pair, outcome: Outcome) -> None:
-        pair.outcome = outcome
-        if outcome.verdict is not Verdict.PENDING:
-            pair.answered = True
-        self._emit(outcome)
-
-    def _found(self, outcome: Outcome, finding: verify.Finding) -> Outcome:
-        detail = "; ".join(
-            part for part in (outcome.detail if finding.verdict is Verdict.PENDING else "", finding.detail) if part
-        )
-        return replace(
-            outcome, verdict=finding.verdict, detail=detail, enforced=finding.enforced, observed=finding.observed,
-            verified_ns=self._clock.now_ns(),
-        )  # fmt: skip
-
-    # what the sampler sees
-
-    def observe(self, reading: Reading, slow_ns: int) -> None:
-        """Judge every held pair by one reading (its slow part was read at ``slow_ns``): verification and drift."""
-        for pair in self._pairs.values():
-            if pair.held is None or pair.wish is None or pair.yielded or self._busy is not None:
-                continue
-            with self._lock:
-                if pair.held is None or pair.held != pair.target or pair.outcome is None:
-                    continue
-                finding = look(pair, pair.held, reading, slow_ns)
-                if finding is not None:
-                    self._judge(pair, finding, reading.time_ns)
-
-    def _judge(self, pair: Pair, finding: verify.Finding, now_ns: int) -> None:
-        last = pair.outcome
-        if last is None:
-            return
-        if finding.drift and self._drifted(pair, finding, now_ns):
-            return
-        if not is_news(pair, last, finding, now_ns):
-            return
-        self._send(pair, self._found(replace(last, seq=pair.seq), finding))
-
-    def _drifted(self, pair: Pair, finding: verify.Finding, now_ns: int) -> bool:
-        """Somebody else changed the setting: yield, warn or enforce; True when the judgement ends here."""
-        policy = self._config.hw.drift
-        known = pair.outcome is not None and pair.outcome.verdict is Verdict.OVERRIDDEN and pair.outcome.detail == finding.detail
-        if policy == "warn":
-            if not known:
-                self._tell("drift", self.uuid, pair.control.value, finding.detail, policy=policy)
-            return False
-        if policy == "enforce":
-            if now_ns < pair.retry_ns:
-                return True
-            pair.drifts = 1 if now_ns - pair.drift_ns > _QUIET_NS else pair.drifts + 1
-            pair.drift_ns = now_ns
-            pair.retry_ns = now_ns + (min(_RETRY_NS << min(pair.drifts, 10), _RETRY_MAX_NS) if pair.drifts > 1 else 0)
-            pair.held = None
-        else:
-            pair.yielded, pair.touched, pair.held = True, False, None
-            # the setting is somebody else's now: what they chose is not ours to undo
-            self._journal.restored(self.uuid, pair.control)
-        if pair.outcome is not None:
-            self._send(pair, self._found(replace(pair.outcome, seq=pair.seq), finding))
-        self._tell("drift", self.uuid, pair.control.value, finding.detail, policy=policy)
-        self.changed()
-        return True
 
     # trouble
 

@@ -68,3 +68,10 @@ def fallback_baseline(control: Control, capabilities: Capabilities, baseline: Ba
         return declared
     default_mw = capabilities.power_limit_default_mw
     return None if default_mw is None else Interval(default_mw, default_mw)
+
+
+def shown(value: Interval | None, control: Control) -> str:
+    """A value for people."""
+    if value is None:
+        return "unlocked"
+    return f"{value.high if value.low == value.high else f'{value.low}..{value.high}'} {control.unit}"

@@ -113,6 +113,11 @@ class DesiredTable:
         self._crashes = [t for t in self._crashes if now_ns - t < _CRASH_WINDOW_NS] + [now_ns]
         return len(self._crashes) >= _CRASHES
 
+    def holds_clock(self, uuid: str) -> bool:
+        """Whether something keeps this GPU's SM clock from its baseline: what a clock plan needs above it."""
+        row = self._rows.get((uuid, Control.SM_CLOCK))
+        return self.hold is None and row is not None and row.value is not None
+
     def rows(self) -> list[Desired]:
         """The table for the worker: living rows, and a baseline row with its cause for each that ended since the last call."""
         living = [] if self.hold else list(self._rows.values())

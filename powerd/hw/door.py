@@ -1,7 +1,7 @@
 """The socket at which powerd knocks: who may come in, one at a time, and what is said to it.
 
 House rules: the uid of every caller is checked; nothing it says is believed before it is decoded; a frame that does not parse
-changes nothing, and who speaks another language is told so and shown out.
+changes nothing, and who speaks another language is told so and shown out; descriptors that nobody takes are closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from powerd.clock import Clock
 from powerd.errors import ConfigError
-from powerd.hw import frames
+from powerd.hw import frames, passing
 from powerd.hw.frames import FrameError, Kind, Table
 from powerd.hw.peer import Peer
 from powerd.hw.systemd import inherited_listener
@@ -34,7 +34,7 @@ class Door:
         *,
         hello: Callable[[], dict[str, object]],
         on_arrival: Callable[[], None],
-        on_frame: Callable[[frames.Header, bytes], None],
+        on_frame: Callable[[frames.Header, bytes, list[int]], None],
         on_refused: Callable[[str], None],
         on_leave: Callable[[], None],
     ) -> None:
@@ -139,17 +139,19 @@ class Door:
             peer = self._peer
             if peer is None:
                 return
+            descriptors: list[int] = []
             try:
-                frame = peer.link.recv(frames.MAX_FRAME)
+                frame, descriptors = passing.receive(peer.link)
             except BlockingIOError:
                 return
             except OSError:
                 frame = b""
             if not frame or peer.broken:
+                passing.close(descriptors)
                 self._drop()
                 return
             try:
-                self._frame(peer, frame)
+                self._frame(peer, frame, descriptors)
             except FrameError as error:
                 self._on_refused(str(error))
                 with contextlib.suppress(FrameError):
@@ -158,12 +160,13 @@ class Door:
                 self._show_out(str(error))
                 return
             finally:
+                passing.close(descriptors)
                 self._clock.flight(-1)
 
-    def _frame(self, peer: Peer, frame: bytes) -> None:
+    def _frame(self, peer: Peer, frame: bytes, descriptors: list[int]) -> None:
         head = frames.header(frame)
         if head.kind is not Kind.HELLO:
-            self._on_frame(head, frame)
+            self._on_frame(head, frame, descriptors)
             return
         whole = peer.reader.feed(frame)
         if whole and isinstance(whole[1], dict) and whole[1].get("wire") != frames.WIRE_VERSION:

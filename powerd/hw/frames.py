@@ -53,7 +53,7 @@ class Kind(IntEnum):
     OUTCOME = 5  # hw -> powerd: one record per (GPU, control)
     EVENT = 6  # hw -> powerd: table (JSON)
     COMMAND = 7  # powerd -> hw
-    PLAN = 8  # powerd -> hw: clock plans (a later issue); refused until then
+    PLAN = 8  # powerd -> hw: table (JSON); a clock plan to arm, its beat socket with the last chunk, or one to give up
 
 
 class Table(IntEnum):
@@ -64,6 +64,8 @@ class Table(IntEnum):
     PROCESSES = 3
     EVENT = 4
     STATUS = 5
+    PLAN = 6
+    PLANS = 7  # hw -> powerd: the clock plans that are armed and how they stand, and those that have just ended
 
 
 class Command(IntEnum):

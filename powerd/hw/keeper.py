@@ -10,12 +10,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from powerd.clock import NS, Clock
 from powerd.config import Config
-from powerd.hw import fence, frames
+from powerd.hw import fence, frames, passing
 from powerd.hw.frames import Kind, Table
 from powerd.hw.worker import greeting
 
@@ -97,13 +97,13 @@ class Keeper:
         for frame in frames.encode_table(Kind.HELLO, 0, self._clock.now_ns(), Table.HELLO, hello):
             self.send(frame)
 
-    def send(self, frame: bytes) -> None:
-        """Send one frame to the worker, if there is one that listens."""
+    def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send one frame to the worker, if there is one that listens; the descriptors stay ours as well."""
         if self._link is None:
             return
         self._clock.flight(1)
         try:
-            self._link.send(frame)
+            passing.send(self._link, frame, descriptors)
         except OSError:  # dying, or so far behind that it will be found silent
             self._clock.flight(-1)
 

@@ -37,6 +37,11 @@ class Pair:
     dwell_ns: int = 0
     cause: Restart = Restart.LEASE_END
     target: Interval | None = None  # the wish as the device and the site admit it
+    follows: bool = False  # a clock plan decides what is set below the target
+    planned: Interval | None = None  # the lock that the plan wants now; None: the target as it is
+    promised: Interval | None = None  # what the journal knows may be set
+    told_ns: int = 0  # when powerd was last told an outcome
+    untold: bool = False  # it has not been told the newest
     refused: DeviceError | None = None
     touched: bool = False  # it is or may be away from baseline
     held: Interval | None = None  # what the driver took; None with ``touched``: not known
@@ -51,6 +56,11 @@ class Pair:
     answered: bool = True  # the present wish has had its first settled outcome
     candidate: tuple[Verdict, int] | None = field(default=None)
 
+    @property
+    def goal(self) -> Interval | None:
+        """What shall be set now."""
+        return self.target if self.planned is None or self.target is None else self.planned
+
 
 def evicted(pair: Pair) -> bool:
     """No value that the site permits is left for the wish: what the driver was told for it has to go."""
@@ -63,12 +73,14 @@ def decide(pair: Pair, now_ns: int) -> tuple[Act, int]:
         if not pair.touched:
             return Act.NOTHING, NEVER_NS
         return (Act.NOTHING, pair.retry_ns) if now_ns < pair.retry_ns else (Act.RESTORE, 0)
-    if pair.refused or pair.yielded or pair.target is None or pair.held == pair.target:
+    goal = pair.goal
+    if pair.refused or pair.yielded or goal is None or pair.held == goal:
         return Act.NOTHING, NEVER_NS
     if now_ns < pair.retry_ns:
         return Act.NOTHING, pair.retry_ns
     due_ns = pair.stepped_down_ns + pair.dwell_ns
-    if pair.stepped_down_ns and pair.held is not None and pair.target.high < pair.held.high and now_ns < due_ns:
+    waits = not pair.follows and pair.stepped_down_ns > 0  # a plan's own switch rate holds while it runs
+    if waits and pair.held is not None and goal.high < pair.held.high and now_ns < due_ns:
         return Act.NOTHING, due_ns
     return Act.SET, 0
 
@@ -98,6 +110,27 @@ def is_news(pair: Pair, last: Outcome, finding: verify.Finding, now_ns: int) -> 
             return False
     pair.candidate = None
     return True
+
+
+def failed(pair: Pair, uuid: str, verdict: Verdict, detail: str = "", nvml_code: int = 0) -> Outcome:
+    """An outcome without a driver call that did something."""
+    return Outcome(
+        uuid=uuid, control=pair.control, seq=pair.seq, requested=pair.wish, verdict=verdict, detail=detail, nvml_code=nvml_code,
+        received_ns=pair.received_ns,
+    )  # fmt: skip
+
+
+def found(outcome: Outcome, finding: verify.Finding, now_ns: int) -> Outcome:
+    """The outcome with what was found by looking."""
+    detail = "; ".join(part for part in (outcome.detail if finding.verdict is Verdict.PENDING else "", finding.detail) if part)
+    return replace(
+        outcome, verdict=finding.verdict, detail=detail, enforced=finding.enforced, observed=finding.observed, verified_ns=now_ns
+    )
+
+
+def clamped(wish: Interval | None, value: Interval) -> str:
+    """How the value differs from the wish; empty when it does not."""
+    return "" if wish == value or wish is None else f"{wish.low}..{wish.high} admitted as {value.low}..{value.high}"
 
 
 def by_gpu(

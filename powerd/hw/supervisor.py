@@ -21,6 +21,7 @@ from powerd.clock import NS, Clock
 from powerd.config import Config, hw_socket, journal_dir
 from powerd.errors import CODES, EXIT_OK, EXIT_TEMPFAIL, ConfigError
 from powerd.hw import fence, frames, handover
+from powerd.hw.armed import ArmedPlans
 from powerd.hw.desired import DesiredTable
 from powerd.hw.door import Door
 from powerd.hw.frames import Command, FrameError, Kind, Table
@@ -64,6 +65,7 @@ class Supervisor:
         self._worker = Keeper(
             clock, self._directory, on_frame=self._worker_frame, on_table=self._worker_table, on_closed=self._wake.set
         )
+        self._plans = ArmedPlans(clock, self._worker.send, lambda content: self._door.table(Table.PLANS, content))
         self._door: Door
         self._served = False  # a worker has served: its driver works
         self._watchdog_ns = watchdog_ns()
@@ -164,6 +166,9 @@ class Supervisor:
             if isinstance(content, dict) and content.get("ready"):
                 self._serving()
             return
+        if table is Table.PLANS:
+            self._plans.heard(content)
+            return
         if table is Table.CAPABILITIES:
             self._capabilities = content
         elif table is Table.PROCESSES:
@@ -177,10 +182,12 @@ class Supervisor:
         self._progress()
         if not self._table.adopting:
             self._send_desired()
+        self._plans.serving(self._table.holds_clock)
         notify("READY=1", f"STATUS=generation {self._worker.generation} serves")
         self._status()
 
     def _send_desired(self) -> None:
+        self._plans.prune(self._table.holds_clock, self._worker.ready)
         if not self._worker.ready or self._worker.asked:
             return
         handover.clear(self._directory)
@@ -206,6 +213,7 @@ class Supervisor:
 
     def _worker_gone(self, code: int) -> None:
         hold = self._table.hold
+        self._plans.prune(self._table.holds_clock, ready=False)
         if hold == "shutdown":
             if self._worker.error:
                 print(f"powerd-hw: {self._worker.error}", file=sys.stderr)
@@ -297,13 +305,15 @@ class Supervisor:
             self._door.table(Table.CAPABILITIES, self._capabilities)
         if self._processes is not None:
             self._door.table(Table.PROCESSES, self._processes)
+        self._plans.tell()
         self._status()
 
     def _peer_left(self) -> None:
         self._table.peer_gone(self._clock.now_ns())
+        self._plans.forget_peer()
         self._wake.set()
 
-    def _peer_frame(self, head: frames.Header, frame: bytes) -> None:
+    def _peer_frame(self, head: frames.Header, frame: bytes, descriptors: list[int]) -> None:
         if head.kind is Kind.DESIRED:
             rows = frames.decode_desired(frame)
             killpoint("hw.desired.received")
@@ -315,7 +325,7 @@ class Supervisor:
         elif head.kind is Kind.COMMAND:
             self._command(*frames.decode_command(frame))
         elif head.kind is Kind.PLAN:
-            raise FrameError("this powerd-hw takes no clock plans")
+            self._plans.take(frame, descriptors, self._table.holds_clock, self._worker.ready)
         else:
             raise FrameError(f"{head.kind.name} is not for powerd-hw")
 

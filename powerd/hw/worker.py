@@ -18,8 +18,9 @@ from typing import Any
 from powerd.clock import NS, Clock, from_environment
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_TEMPFAIL, DeviceError
-from powerd.hw import bounds, frames, handover, nvml
+from powerd.hw import bounds, frames, handover, nvml, passing
 from powerd.hw.actuator import Actuator
+from powerd.hw.beats import Plans
 from powerd.hw.energy import EnergyTracker
 from powerd.hw.fence import Fence, StaleGenerationError
 from powerd.hw.frames import Command, Kind, Table
@@ -140,6 +141,7 @@ class Worker:
         self.journal = Journal(directory, node.driver_load_id, generation, everything(capabilities, config))
         self._gpus = [self._gpu(node, d, c, generation) for d, c in zip(devices, capabilities, strict=True)]
         self._rounds = Rounds([gpu.sampler for gpu in self._gpus], clock, config.hw.sample_hz, self._publish)
+        self._plans = Plans({gpu.actuator.uuid: gpu.actuator for gpu in self._gpus}, clock, line, self._waiter.wake)
         self._capabilities = capabilities
         self._processes_seen: list[tuple[GpuProcess, ...] | None] = [None] * len(devices)
         self._publishing = threading.Lock()
@@ -199,7 +201,7 @@ class Worker:
         """Take frames until the supervisor is gone; then restore and end."""
         while True:
             try:
-                frame = link.recv(frames.MAX_FRAME)
+                frame, descriptors = passing.receive(link)
             except OSError:
                 frame = b""
             if not frame:
@@ -208,11 +210,12 @@ class Worker:
                 self._waiter.wake()
                 return
             try:
-                self._frame(frame)
+                self._frame(frame, descriptors)
             finally:
+                passing.close(descriptors)
                 self._clock.flight(-1)
 
-    def _frame(self, frame: bytes) -> None:
+    def _frame(self, frame: bytes, descriptors: list[int]) -> None:
         head = frames.header(frame)
         if head.kind is Kind.DESIRED and self._ending is None:
             rows = (
@@ -223,6 +226,8 @@ class Worker:
             for gpu in self._gpus:
                 gpu.actuator.want(table.get(gpu.actuator.uuid, {}), head.seq, head.time_ns)
             self._start_setters()
+        elif head.kind is Kind.PLAN and self._ending is None:
+            self._plans.take(frame, descriptors)
         elif head.kind is Kind.HELLO:
             if (whole := self._hellos.feed(frame)) is not None:
                 self._configure(config_of(whole[1]))
@@ -253,6 +258,7 @@ class Worker:
             period_ns = round(NS / self._config.hw.sample_hz)
             now_ns = self._waiter.wait_until(self._clock.now_ns() + max(period_ns, _WATCH_NS))
             self._watch(now_ns)
+            self._plans.tell(now_ns)
             if now_ns - self._sent_ns > period_ns * 3 // 2:
                 self._publish()  # the round hangs: the other GPUs' readings go out all the same
             if now_ns - noted_ns >= _EPOCH_NOTE_NS:

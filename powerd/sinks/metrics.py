@@ -58,9 +58,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_config_last_reload_successful", "gauge", "", (), "1 when the configuration file as it stands is in force"),
     Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
     Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
+    Metric("powerd_plans_armed", "gauge", "", (), "Clock plans that are armed"),
+    Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats: begin, next, asked, wrong, ignored, late, closed"),
+    Metric("powerd_plan_switches", "counter", "", (), "Clocks that clock plans have set"),
     Metric("powerd_restore", "counter", "", ("cause",), "Settings put back to baseline, by cause"),
     Metric("powerd_drift", "counter", "", ("control",), "Settings that somebody else changed, by control"),
     Metric("powerd_energy_windows_open", "gauge", "", (), "Open energy windows"),
+    Metric("powerd_jobs", "gauge", "", ("state",), "Training jobs that report themselves, by state"),
+    Metric("powerd_job_steps", "counter", "", (), "Training steps that jobs reported since powerd started"),
+    Metric("powerd_job_lost_steps", "counter", "", (), "Steps among them that a restore rolled back"),
+    Metric("powerd_job_energy_joules", "counter", "joules", (), "Energy that jobs reported for their steps and checkpoints"),
     Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
@@ -161,6 +168,20 @@ class Metrics(Collector):
         for state in LeaseState:
             if state is not LeaseState.ENDED:
                 self.set("powerd_leases", counts.get(state, 0), str(state))
+
+    def jobs(self, states: Mapping[str, int], counters: Iterable[float]) -> None:
+        """Jobs by state; steps, lost steps and joules that they reported."""
+        for state, count in states.items():
+            self.set("powerd_jobs", count, state)
+        for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
+            self.set(f"powerd_job_{name}", value)
+
+    def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
+        """The clock plans, and their sums since powerd started."""
+        self.set("powerd_plans_armed", armed)
+        self.set("powerd_plan_switches", switches)
+        for verdict, count in beats.items():
+            self.set("powerd_plan_beats", count, verdict)
 
     def store(self, rows: int, dropped: int, errors: int, size_bytes: int) -> None:
         """The embedded store's own counters."""

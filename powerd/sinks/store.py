@@ -19,7 +19,9 @@ from powerd.api import HistorySeries, HistoryView, LeaseView
 from powerd.clock import Clock
 from powerd.config import StoreConfig
 from powerd.errors import RequestError, UnavailableError
+from powerd.jobs import JobRow, JobStepRow, Record
 from powerd.model import Event, Snapshot
+from powerd.sinks import jobtables
 from powerd.sinks.columns import BY_NAME, COLUMNS, TABLES, BitsOr, Column, Kind, select
 from powerd.sinks.writer import Writer
 
@@ -95,6 +97,15 @@ class Store:
     def append_lease(self, lease: LeaseView) -> None:
         """Store a lease's present state; never waits, never raises."""
         self._writer.put((self._clock.wall_ns(), lease))
+
+    def append_job(self, record: Record) -> None:
+        """Store what a job reported; never waits, never raises."""
+        self._writer.put(record)
+
+    def jobs(self) -> tuple[list[JobRow], list[JobStepRow]]:
+        """The newest jobs and the newest retained steps of each, oldest first; UnavailableError."""
+        with self._reading() as connection:
+            return jobtables.load(connection)
 
     def stats(self) -> StoreStats:
         """Counters since start and the size of the file with its log."""

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from powerd.api import LeaseView
 from powerd.config import StoreConfig
+from powerd.jobs import JobRestored, JobRow, JobStepRow, Record
 from powerd.model import Event, Reading, Snapshot
+from powerd.sinks import jobtables
 from powerd.sinks.columns import COLUMNS, BitsOr, Kind, insert_raw, roll_up, schema
 
 _QUEUE = 4096  # snapshots, events and leases on their way: minutes at 10 Hz
@@ -30,7 +32,11 @@ _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FIELDS = attrgetter(*(column.name for column in COLUMNS))
 _INSERT = insert_raw()
 _EVENT = "INSERT INTO events (wall_ns, kind, uuid, subject, detail, data) VALUES (?, ?, ?, ?, ?, ?)"
+_ALL_TABLES = ("raw", "r60", "r3600", "events", "leases", "meta", *jobtables.TABLES)
 _LEASE = "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+Item = Snapshot | Event | Record | tuple[int, LeaseView]
 
 
 @dataclass(slots=True)
@@ -71,7 +77,7 @@ class Writer:
         self.counts = Counts()
         self.ready = threading.Event()  # set once the file is open, or has failed to
         self._config = config
-        self._queue: deque[Snapshot | Event | tuple[int, LeaseView]] = deque()
+        self._queue: deque[Item] = deque()
         self._wake = threading.Event()
         self._wake.set()  # open the file at once
         self._stopping = False
@@ -87,7 +93,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
-    def put(self, item: Snapshot | Event | tuple[int, LeaseView]) -> None:
+    def put(self, item: Item) -> None:
         """Hand over without waiting; when the writer is far behind the item is dropped and counted."""
         if self._stopping or len(self._queue) >= _QUEUE:
             self.counts.dropped += 1
@@ -137,6 +143,8 @@ class Writer:
             elif isinstance(item, Event):
                 data = json.dumps(dict(item.data), separators=(",", ":"))
                 self._record(_EVENT, (item.wall_ns, item.kind, item.uuid, item.subject, item.detail, data))
+            elif isinstance(item, (JobStepRow, JobRestored, JobRow)):
+                self._record(*jobtables.statement(item))
             else:
                 wall_ns, lease = item
                 gpus = json.dumps(lease.gpus, separators=(",", ":"))
@@ -186,9 +194,9 @@ class Writer:
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA wal_autocheckpoint = 500")
             connection.create_aggregate("bits_or", 1, BitsOr)  # type: ignore[arg-type]
-            connection.executescript(schema())
+            connection.executescript(schema() + jobtables.schema())
             self._gpus = {uuid: number for number, uuid in connection.execute("SELECT id, uuid FROM gpus")}
-            for table in ("raw", "r60", "r3600", "events", "leases", "meta"):  # a torn file shows here rather than an hour later
+            for table in _ALL_TABLES:  # a torn file shows here rather than an hour later
                 connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 (constants)
         except BaseException:
             connection.close()
@@ -268,6 +276,8 @@ class Writer:
         connection.execute(
             "DELETE FROM events WHERE wall_ns < ?", ((self._newest - int(config.hour_days * _DAY)) * 1_000_000_000,)
         )
+        steps_s, jobs_s = (self._newest - int(days * _DAY) for days in (config.minute_days, config.hour_days))
+        jobtables.expire(connection, steps_s * 1_000_000_000, jobs_s * 1_000_000_000)
         connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
         self._minute = minute
 

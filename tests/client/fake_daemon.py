@@ -29,6 +29,7 @@ from powerd.model import (
     LeaseEnd,
     LeaseState,
     Outcome,
+    PlanState,
     Reading,
     Setpoint,
     Support,
@@ -91,13 +92,27 @@ def explain(uuid: str) -> api.Explain:
     absent = api.ControlExplain(Control.MEMORY_CLOCK, False, "one clock only", None, None, None, None, None, None)
     event = Event(4, 1, 1_790_000_000_000_000_000, "lease_granted", uuid, "lease-1", "sm_clock 1200 MHz")
     return api.Explain(uuid, UUIDS.index(uuid), "NVIDIA A100-SXM4-80GB", "up", reading(0, uuid=uuid), ("sw_power_cap",),
-                       (control, absent), (), (event,))  # fmt: skip
+                       (control, absent), (), (event,), (plan_view(uuid),))  # fmt: skip
+
+
+def plan_view(uuid: str) -> api.PlanView:
+    return api.PlanView("perseus-7", "lease-1", uuid, PlanState.RUNNING, 48, 120, 17, 1200, 5777, number=9)
 
 
 def _refusal(want: Want) -> Any:
     from powerd.model import Refusal
 
     return Refusal(want, "would empty 1200-1200 MHz of lease lease-1")
+
+
+def job(**changes: Any) -> api.JobView:
+    view = api.JobView(
+        job="4711", state="running", begin_wall_ns=1_790_000_000_000_000_000, end_wall_ns=None, steps=1200, lost_steps=40,
+        time_s=3.21, energy_j=4_960_000.0, energy_per_retained_step_j=4133.3, saving_fraction=0.142, plan="p-12", gpus=UUIDS,
+        unmeasured_steps=2, checkpoints=3, checkpoint_time_s=41.0, checkpoint_energy_j=9000.0, exceptions=1,
+        last_detail="NCCL timeout",
+    )  # fmt: skip
+    return replace(view, **changes)
 
 
 class FakeDaemon:
@@ -272,6 +287,18 @@ class FakeDaemon:
             case ["windows", name, "end"]:
                 figure = api.EnergyFigure(UUIDS[0], 1234.5, 1230.0, 1239.0, 308.6, "counter", (1,))
                 return api.WindowView(name, "step", None, 1_000_000_000, 5_000_000_000, 4.0, (figure,))
+            case ["jobs"]:
+                return (job(), job(job="idle", state="silent", plan=None, saving_fraction=None, lost_steps=0))
+            case ["jobs", name]:
+                return job(job=name) if name == "4711" else self.error(404, "not_found", f"no job {name!r}")
+            case ["jobs", name, "events"]:
+                return api.Ack(True, f"{decode(api.JobEvent, body).kind} of job {name}")
+            case ["energy", "spans"]:
+                asked = decode(api.SpansRequest, body)
+                label = api.LabelEnergy(asked.spans[0].label, len(asked.spans), 0.5, 150.0, 148.0, 152.0, ("sw_power_cap",), 1200)
+                return api.SpansView(asked.uuid, (label,), 12, "counter")
+            case ["perseus", "plan"]:
+                return {"deadline_s": 1.0, "clocks": []}
             case ["panic"] | ["resume"] | ["quiesce"]:
                 return api.Ack(True, f"{parts[1]}: 2 GPUs")
         return self.error(404, "not_found", f"no {request.path}")

@@ -16,13 +16,20 @@ from hypothesis import strategies as st
 
 from powerd.api import LeaseRequest
 from powerd.client import Client
+from powerd.model import ClockPlan
 from tests.client.fake_daemon import UUIDS, FakeDaemon
+
+PLAN = ClockPlan("p", UUIDS[0], (1200,), None, 1.0)
 
 
 def use_lease(client: Client) -> Any:
     with client.lease([0], sm_clock_mhz=1200) as lease:
         lease.change(sm_clock_mhz=1100)
         lease.renew()
+        lease.plans()
+        with lease.arm(PLAN) as beats:
+            beats.send(0, 0)
+            beats.safe()
     return lease
 
 
@@ -41,6 +48,8 @@ METHODS: dict[str, Callable[[Client], Any]] = {
     "lease_change": lambda c: c.lease_change("x", ()), "lease_renew": lambda c: c.lease_renew("x"),
     "lease_release": lambda c: c.lease_release("x"), "quiesce": lambda c: c.quiesce(), "resume": lambda c: c.resume(),
     "window_begin": lambda c: c.window_begin([0]), "window_end": lambda c: c.window_end("x"),
+    "plans": lambda c: c.plans("x"), "plan_arm": lambda c: c.plan_arm("x", PLAN),
+    "plan_disarm": lambda c: c.plan_disarm("x", "p"),
     "lease": use_lease, "energy": use_window, "wrong value": lambda c: c.lease([0], sm_clock_mhz=-3),
 }  # fmt: skip
 

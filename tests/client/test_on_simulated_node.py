@@ -158,8 +158,12 @@ def test_a_daemon_that_is_killed_and_comes_back_finds_the_lease_again(node: Node
 HOLDER = """
 import sys
 from powerd.client import Client
+from powerd.model import ClockPlan
 lease = Client().lease([0], sm_clock_mhz=1200, min_dwell_s=0.0)
 lease.change(sm_clock_mhz=1110)
+beats = lease.arm(ClockPlan("p", lease.view.gpus[0], (1110, 600), 900, 60.0))
+beats.send(0, 0)
+beats.send(0, 1)
 lease.release()
 print("survived")
 """

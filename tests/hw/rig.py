@@ -19,7 +19,8 @@ from typing import Any
 from powerd.clock import NS, Clock, RealClock, SimClock
 from powerd.hw import frames
 from powerd.hw.frames import Command, Desired, Kind, Table
-from powerd.model import Control, Interval, Outcome, Reading, Verdict
+from powerd.hw.plan import BEAT, Order
+from powerd.model import ClockPlan, Control, Interval, Outcome, Reading, Verdict
 from powerd.sim import node as nodes
 from powerd.sim.node import SimError
 from powerd.sim.workload import Context
@@ -39,6 +40,8 @@ class Powerd:
         self.events: list[dict[str, Any]] = []
         self.outcomes: list[Outcome] = []
         self.readings: tuple[Reading, ...] = ()
+        self.plans: dict[int, dict[str, Any]] = {}  # number -> as last told; one that has ended stays
+        self.armed: set[int] = set()  # of the newest table
         self.snapshots = 0
         self._reader = frames.TableReader()
 
@@ -73,6 +76,37 @@ class Powerd:
         self.send(frames.encode_desired(self.seq, self.clock.now_ns(), table))
         return self.seq
 
+    def ask_for_plan(self, plan: ClockPlan, number: int = 7, lease: str = "l1") -> Beater:
+        """Send a plan with its beat socket; whether it is armed will be told."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        chunks = frames.encode_table(Kind.PLAN, 0, 0, Table.PLAN, Order(number, lease, plan).row())
+        with theirs:
+            for n, chunk in enumerate(chunks):
+                self.clock.flight(1)
+                socket.send_fds(self.link, [chunk], [theirs.fileno()] if n + 1 == len(chunks) else [])
+        return Beater(ours, number, self.clock)
+
+    def arm(self, plan: ClockPlan, number: int = 7) -> Beater:
+        """A plan that powerd-hw has armed."""
+        beater = self.ask_for_plan(plan, number)
+        self.until(lambda: number in self.armed)
+        return beater
+
+    def disarm(self, number: int = 7) -> None:
+        for frame in frames.encode_table(Kind.PLAN, 0, 0, Table.PLAN, {"do": "disarm", "number": number}):
+            self.send(frame)
+
+    def plan(self, number: int = 7, **fields: Any) -> dict[str, Any]:
+        """The plan once it is told with these fields."""
+
+        def find() -> dict[str, Any] | None:
+            row = self.plans.get(number)
+            return row if row is not None and all(row[name] == value for name, value in fields.items()) else None
+
+        found = self.until(find)
+        assert isinstance(found, dict)
+        return found
+
     def command(self, command: Command, argument: int = 0) -> None:
         self.send(frames.encode_command(0, 0, command, argument))
 
@@ -96,6 +130,9 @@ class Powerd:
                 self.hello = content
             elif table is Table.EVENT:
                 self.events.append(content)
+            elif table is Table.PLANS:
+                self.armed = {row["number"] for row in content["rows"]}
+                self.plans |= {row["number"]: row for row in [*content["rows"], *content["ended"]]}
             else:
                 self.tables[table] = content
         return True
@@ -133,6 +170,36 @@ class Powerd:
 
     def close(self) -> None:
         self.link.close()
+
+
+class Beater:
+    """The holder's end of a beat socket."""
+
+    def __init__(self, link: socket.socket, number: int, clock: Clock) -> None:
+        self.link, self.number, self.clock = link, number, clock
+        self.link.settimeout(PATIENCE_S)
+
+    def send(self, step: int, index: int) -> None:
+        self.raw(BEAT.pack(self.number, step, index))
+
+    def raw(self, message: bytes) -> None:
+        self.clock.flight(1)
+        try:
+            self.link.send(message)
+        except OSError:
+            self.clock.flight(-1)
+            raise
+
+    def step(self, step: int, count: int) -> None:
+        for index in range(count):
+            self.send(step, index)
+
+    def closed(self) -> bool:
+        """Waits for powerd-hw to hang up."""
+        try:
+            return self.link.recv(1) == b""
+        except ConnectionResetError:
+            return True
 
 
 class Rig:
@@ -188,6 +255,14 @@ class Rig:
         row = self.node.show()["gpus"][gpu]
         assert isinstance(row, dict)
         return row
+
+    def locked(self, mhz: int | None, gpu: int = 0) -> None:
+        """Wait until the SM clock is pinned to this, or unlocked: no frame announces one beat."""
+        wanted = None if mhz is None else [mhz, mhz]
+        deadline = time.monotonic() + PATIENCE_S
+        while (found := self.truth(gpu)["locked_clocks_mhz"]) != wanted:
+            assert time.monotonic() < deadline, f"{found}, not {wanted}"
+            threading.Event().wait(0.002)
 
     def at_baseline(self) -> bool:
         rows = self.node.show()["gpus"]

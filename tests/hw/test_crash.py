@@ -20,6 +20,7 @@ _SET_POINTS = [
 ]
 _RESTORE_POINTS = [p for p in KILL_POINTS if p.startswith("hw.restore.")]
 _SUPERVISOR_POINTS = ["hw.desired.received", "hw.generation.raised"]
+_PLAN_POINTS = [p for p in KILL_POINTS if p.startswith("hw.plan.")]  # in test_plans
 _START_POINTS = ["hw.worker.started", "hw.journal.compacted"]
 LIMIT, LOCK = Interval(400_000, 400_000), Interval(1200, 1200)
 
@@ -46,7 +47,7 @@ def seen_by_another_process(rig: Rig) -> list[tuple[int, int]]:
 
 
 def test_every_hw_kill_point_is_tried_here() -> None:
-    tried = {*_SET_POINTS, *_RESTORE_POINTS, *_SUPERVISOR_POINTS, *_START_POINTS}
+    tried = {*_SET_POINTS, *_RESTORE_POINTS, *_SUPERVISOR_POINTS, *_START_POINTS, *_PLAN_POINTS}
     assert tried == {p for p in KILL_POINTS if p.startswith("hw.")}
 
 

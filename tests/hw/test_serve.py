@@ -439,13 +439,6 @@ def test_a_wrong_version_in_hello_is_refused_with_what_to_do(rig: Rig) -> None:
     assert "upgrade" in powerd.hello["refused"]
 
 
-def test_clock_plans_are_refused_for_now(rig: Rig) -> None:
-    powerd = served(rig)
-    command = frames.encode_command(1, 0, Command.PANIC)
-    powerd.link.send(command[:3] + bytes([frames.Kind.PLAN]) + command[4:])
-    assert "clock plans" in powerd.event("frame_refused")["detail"]
-
-
 def test_another_user_is_refused(rig: Rig) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")

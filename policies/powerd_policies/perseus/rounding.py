@@ -7,7 +7,6 @@ that partial plans can be compared while they are built; a plan that would be la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +36,12 @@ class Effort:
 
 #: What a plan is worth: the more instructions, the less can be spent on each.
 EFFORTS = (
-    Effort(256, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 128, (24, 40, 40), 0.001),
+    Effort(256, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 128, (24, 40, 40), 0.00125),
     Effort(400, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 40, (24,), 0.00145),
     Effort(600, (0.2, 1.0), 256, 8, (24, 40), 0.009),
     Effort(1600, (0.05, 0.2, 0.5, 0.7, 1.0), 256, 40, (24, 40), 0.0068),
-    Effort(4000, (0.2, 1.0), 64, 8, (24,), 0.0096),
-    Effort(2**62, (0.2, 1.0), 64, 2, (24,), 0.0096),
+    Effort(4000, (0.2, 1.0), 64, 4, (24,), 0.0096),
+    Effort(2**62, (1.0,), 64, 2, (24,), 0.0096),
 )
 #: One of many plans, as for a frontier.
 QUICK = (Effort(2000, (0.2, 1.0), 64, 8, (), 1.0), Effort(2**62, (1.0,), 64, 2, (), 1.0))

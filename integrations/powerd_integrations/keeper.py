@@ -190,8 +190,8 @@ class Keeper:
         return min(c for c in self.clocks_mhz if 3 * c >= self.clocks_mhz[-1])
 
     def _gpu_idles(self, now_ns: int) -> bool:
-        """Whether the GPUs do nothing, asked once a second: an evaluation that nobody announced is work too."""
-        if now_ns - self._look_ns < _NS:
+        """Whether the GPUs do nothing, asked twice a second: an evaluation that nobody announced is work too."""
+        if now_ns - self._look_ns < _NS // 2:
             return self.lowered
         self._look_ns = now_ns
         rows = [r for r in self._client.snapshot().readings if r.uuid in self.uuids]

@@ -13,8 +13,10 @@ from typing import Any
 import psutil
 
 from benchmarks import energy as energy_windows
+from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
+from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -39,6 +41,21 @@ def energy(report: Report, progress: Progress) -> None:
         for key, value in figures.items():
             words = key.removesuffix("_percent").replace("_", " ")
             report.add(f"{model}: {words}", value, "%" if key.endswith("percent") else "", promised.get(key, ""))
+    report.notes.append("The interval holds an allowance of 1 % for the counter's calibration, which a simulator cannot show.")
+
+
+def spans(report: Report, progress: Progress) -> None:
+    """Labels of a pipeline stage's instructions against the truth."""
+    report.title, report.simulated = "energy spans: three labels and the bubbles between them, stepped", True
+    for number, (title, setup) in enumerate(energy_spans.SETUPS.items()):
+        figures = energy_spans.summary(energy_spans.campaign(setup))
+        promised = {"covered_percent": ">= 93"}
+        if number == 0:
+            promised["worst_error_percent"] = "<= 1.5"
+        for key, value in figures.items():
+            words = key.removesuffix("_percent").replace("_", " ")
+            report.add(f"{title}: {words}", value, "%" if key.endswith("percent") else "", promised.get(key, ""))
+        progress((number + 1) / len(energy_spans.SETUPS))
     report.notes.append("The interval holds an allowance of 1 % for the counter's calibration, which a simulator cannot show.")
 
 
@@ -281,5 +298,7 @@ CASES = {
     "store": store,
     "sinks": sinks,
     "energy": energy,
+    "spans": spans,
     "beats": beats,
+    "instructions": instructions,
 }

@@ -44,6 +44,16 @@ class Setup:
     bubbles: bool = True
 
 
+#: What is reported: title -> campaign.
+SETUPS: dict[str, Setup] = {
+    "A100, 24 spans of 0.5 s a label": Setup(shortest_s=0.5, longest_s=0.5, seed=2),
+    "A100, 24 spans of 0.05-0.9 s a label": Setup(),
+    "H100, 24 spans of 0.05-0.9 s a label": Setup(model="h100-sxm", seed=3),
+    "A100, 200 spans of 0.02-0.09 s a label": Setup(shortest_s=0.02, longest_s=0.09, seed=4, spans=200, windows=12),
+    "A100 without a counter, 24 spans of 0.5 s a label": Setup(counter=False, shortest_s=0.5, longest_s=0.5, seed=5),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """One label of one request beside the truth."""
@@ -172,14 +182,3 @@ def summary(scored: list[Scored]) -> dict[str, float]:
         "median_half_width_percent": 100 * statistics.median(s.width for s in work),
         "worst_error_of_bubbles_percent": 100 * max((abs(s.error) for s in scored if not s.label.label), default=0.0),
     }
-
-
-if __name__ == "__main__":
-    for title, setup in (
-        ("0.05-0.9 s, A100", Setup()),
-        ("0.5 s, A100", Setup(shortest_s=0.5, longest_s=0.5, seed=2)),
-        ("0.05-0.9 s, H100", Setup(model="h100-sxm", seed=3)),
-        ("0.02-0.09 s, A100", Setup(shortest_s=0.02, longest_s=0.09, seed=4, spans=200, windows=8)),
-        ("0.05-0.9 s, A100, no counter", Setup(counter=False, seed=5)),
-    ):
-        print(title, {name: round(value, 2) for name, value in summary(campaign(setup)).items()})

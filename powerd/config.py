@@ -109,8 +109,8 @@ class StoreConfig:
 
     enabled: bool = _key(True, "keep history on this node")
     raw_hours: float = _key(48.0, "hours of 1 Hz samples", low=1, high=8_760)
-    minute_days: float = _key(30.0, "days of 1-minute roll-ups", low=1, high=3_650)
-    hour_days: float = _key(1_095.0, "days of 1-hour roll-ups", low=1, high=36_500)
+    minute_days: float = _key(30.0, "days of 1-minute roll-ups and of the steps of training jobs", low=1, high=3_650)
+    hour_days: float = _key(1_095.0, "days of 1-hour roll-ups, events and training jobs", low=1, high=36_500)
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,9 +265,9 @@ def check_event(job: str, event: JobEvent) -> None:
 class JobTable:
     """All jobs of a node; use it from one thread (the daemon's loop)."""
 
-    def __init__(self, store: Callable[[Record], None] = lambda record: None) -> None:
+    def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
-        self._store = store
+        self.listeners: list[Callable[[Record], None]] = []  # every sink of measurements that keeps jobs
         self.counters: tuple[float, ...] = (0, 0, 0.0)  # steps, lost steps, joules that were reported to this daemon
 
     def load(self, rows: Iterable[JobRow], steps: Iterable[JobStepRow], now_ns: int, wall_ns: int) -> None:
@@ -294,7 +294,8 @@ class JobTable:
             raise DeniedError(f"job {name!r} is another user's", hint="name yours differently")
         before = job.counted()
         for record in job.add(event, wall_ns, now_ns):
-            self._store(record)
+            for listener in self.listeners:
+                listener(record)
         self.counters = tuple(
             sum_ + max(0, now - then) for sum_, now, then in zip(self.counters, job.counted(), before, strict=True)
         )

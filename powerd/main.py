@@ -168,7 +168,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         metrics = Metrics() if config.metrics.enabled else None
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
         spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
-        jobs = JobTable(store.append_job if store is not None else lambda record: None)
+        jobs = JobTable()
         node.listeners.append(windows.observe)
         node.listeners.append(spans.observe)
         if metrics is not None:
@@ -177,6 +177,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             engine.setpoints.on_set = metrics.was_set
         if store is not None:
             node.listeners.append(store.append)
+            jobs.listeners.append(store.append_job)
             events.listeners.append(store.append_event)
 
         # Who asks

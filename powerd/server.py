@@ -113,9 +113,7 @@ class Server:
             except OSError:
                 link.close()
 
-    def _guard(
-        self, handler: Handler, max_body_bytes: int = MAX_BODY_BYTES
-    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _guard(self, handler: Handler, max_body_bytes: int) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
             if max_body_bytes != MAX_BODY_BYTES:
                 request = request.clone(client_max_size=max_body_bytes)

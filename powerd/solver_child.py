@@ -70,7 +70,7 @@ class Solver:
             self._asked -= 1
 
     def _run(self, body: bytes) -> bytes:
-        check_job(body)
+        body = request(body)
         # One thread each: 2 GiB of address space hold few arenas, and the node's cores are the job's.
         env = {"PATH": os.environ.get("PATH", ""), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
         pipe = subprocess.PIPE
@@ -103,20 +103,27 @@ def too_large(limit: str) -> RequestError:
     return RequestError(f"not planned within {limit}", hint="fewer microbatches or clocks", code="bad_value")
 
 
-def check_job(body: bytes) -> None:
-    """RequestError unless this is a job with its profile in it: the daemon reads no file for anybody."""
+def request(body: bytes) -> bytes:
+    """What the planner reads; RequestError unless the body is a job with its profile in it: no file is read for anybody.
+
+    A job (docs/perseus.md) with ``profile_rows`` and ``deadline`` among its keys, or apart from it: ``{"job": {...}, ...}``.
+    """
     try:
-        job = msgspec.json.decode(body)
+        content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", hint="send one JSON object") from error
-    if not isinstance(job, dict):
+    if not isinstance(content, dict):
         raise RequestError("the body has to be a JSON object")
-    if "profile" in job:
+    apart = {key: content.pop(key) for key in ("profile_rows", "deadline") if key in content}
+    job = content.pop("job") if "job" in content else content
+    if isinstance(job, dict) and "profile" in job:
         raise RequestError("the daemon reads no profile file", hint="send its rows inline as profile_rows", code="bad_value")
-    if not isinstance(job.get("profile_rows"), list):
+    if not isinstance(apart.get("profile_rows"), list):
         raise RequestError(
             "profile_rows is missing", hint="a list of [stage, instruction, frequency, time, energy]", code="bad_value"
         )
+    unknown = {} if job is content else content  # beside a job of its own: the planner refuses it by name
+    return msgspec.json.encode({"job": job, **apart, **unknown})
 
 
 def answer(code: int, out: bytes, err: bytes) -> bytes:

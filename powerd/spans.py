@@ -175,7 +175,12 @@ def _score(steps: Sequence[_Step], line: Timeline) -> Callable[[_Place], float]:
     """How badly looks at these places fit, by as many of the steps as are worth the time."""
     stride = max(1, len(steps) // _SEARCH_ROWS)
     some = [step for n, step in enumerate(steps) if n % stride == 0]
-    return lambda place: fit(_rows(some, place, line), line.width, phase=False).residue
+
+    def score(place: _Place) -> float:
+        rows = _rows(some, place, line)
+        return fit(rows, line.width, phase=False).residue if len(rows) == len(some) else math.inf
+
+    return score
 
 
 def _best(score: Callable[[_Place], float], make: Callable[[float], _Place], low: float, high: float) -> tuple[float, float]:
@@ -195,8 +200,10 @@ def _place(steps: Sequence[_Step], line: Timeline, reach_ns: int) -> _Place:
     place = _constant(age_ns)
     for period_ns in _PERIODS_NS:
         grid_found, phase_ns = _best(score, lambda phase, period=period_ns: _grid(period, phase), 0, period_ns)  # type: ignore[misc]
-        if grid_found < 0.9 * found:  # a sampler on time sees a fixed age: then both are the same
-            found, place = grid_found, _grid(period_ns, phase_ns)
+        grid = _grid(period_ns, phase_ns)
+        # A sampler on time sees a fixed age, then both are the same; and no value changes between two refreshes.
+        if grid_found < 0.9 * found and all(grid(s.last_ns) > grid(s.first_ns) for s in steps):
+            found, place = grid_found, grid
     return place
 
 

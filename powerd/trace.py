@@ -1,6 +1,6 @@
 """The last ten minutes of every GPU's readings, kept compactly, and energy spans answered from them after the fact.
 
-House rules: memory is bounded by time and by count; a sample costs 36 bytes (10 Hz: 0.22 MB a GPU, 100 Hz: 2.2 MB); what is kept
+House rules: memory is bounded by time and by count; a sample costs 36 bytes (10 Hz: 0.2 MB a GPU, 100 Hz: 2.2 MB); what is kept
 is what was read, nothing is filled in.
 """
 
@@ -122,6 +122,7 @@ class EnergySpans:
         self._errors = errors or SensorErrors()
         self._traces: dict[str, Trace] = {}
         self._news: asyncio.Event | None = None
+        self._fitting = asyncio.Semaphore(1)  # a tenth of a second, one at a time: the loop shares the interpreter
 
     def sampled_every(self, period_ns: int) -> None:
         """Samples come at another rate from now on."""
@@ -155,7 +156,8 @@ class EnergySpans:
             await self._closing_sample(trace, end_ns)
         cut = trace.cut(begin_ns, end_ns, max(NS, 4 * self._period_ns))
         with standing(self._clock):  # work of this process takes no simulated time
-            return await asyncio.to_thread(estimate, request.uuid, request.spans, cut, self._errors)
+            async with self._fitting:
+                return await asyncio.to_thread(estimate, request.uuid, request.spans, cut, self._errors)
 
     async def _closing_sample(self, trace: Trace, end_ns: int) -> None:
         deadline_ns = end_ns + max(_PATIENCE_NS, 4 * self._period_ns)

@@ -11,8 +11,8 @@ every rank of the job calls ``optimize`` at the same place, because ranks find e
         schedule.step(x, target=y)
         optimizer.step()
 
-GPipe, 1F1B, Interleaved1F1B, ZBVZeroBubble and every other schedule of torch 2.13 whose instructions are forward, backward, or its
-two halves. The order is derived from the schedule and compared with a recorded step (torch's own ``_get_pipeline_order`` of
+GPipe, 1F1B, Interleaved1F1B, ZBVZeroBubble and every other schedule of torch 2.13 whose instructions are forward, backward, or
+its two halves. The order is derived from the schedule and compared with a recorded step (torch's own ``_get_pipeline_order`` of
 1F1B names instructions on the last rank that it does not run).
 """
 
@@ -220,7 +220,7 @@ def optimize(
     ``timing``: ``cpu`` (begin and end are the calls' own), ``event`` (CUDA events), ``sync`` (the CPU waits for the GPU at every
     instruction), ``auto``: ``event`` on CUDA, else ``cpu``; docs/training.md says what each costs. ``shape`` names what a kept
     profile is good for beside the parameters' shapes. ``gpu`` is a UUID; without it the stage's device, else the visible one.
-    All other options are those of ``powerd_integrations.pipeline.Options``; those and ``timing`` raise RequestError or ValueError.
+    All other options are those of ``powerd_integrations.pipeline.Options``; they and ``timing`` raise RequestError, ValueError.
     """
     chosen = Options(**options)
     if timing not in ("auto", "cpu", "event", "sync"):

@@ -37,6 +37,7 @@ class Point:
     lower_bound_j: float
     saving: float
     bound_saving: float  # nobody saves more
+    waiting_saving: float  # against the highest clocks that wait until the deadline, too: beside a straggler of that time
 
     def to_json(self) -> dict[str, float]:
         """As a row of OUT.json's ``frontier``."""
@@ -96,9 +97,12 @@ def compute(problem: Problem, points: int, cache: Path | None = None) -> Frontie
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("frontier", total=points)
-        made = frontier.frontier(problem, points, lambda done: bar.update(task, completed=done))
+        made = frontier.frontier(problem, points, lambda share: bar.update(task, completed=round(share * points)))
     if cache is not None:
-        made.save(cache)
+        try:
+            made.save(cache)
+        except OSError as error:
+            raise RequestError(f"cannot write {cache}: {error.strerror}", hint="choose another --cache") from error
         note(f"wrote {cache}")
     return made
 
@@ -114,12 +118,17 @@ def point(plan: Plan, baseline: Plan, job: JobFile) -> Point:
     return Point(
         plan.deadline_s, plan.deadline_s / baseline.iteration_time_s - 1, plan.iteration_time_s, plan.energy_j * gpus,
         plan.lower_bound_j * gpus, 1 - plan.energy_j / base_j, 1 - plan.lower_bound_j / base_j,
+        1 - plan.energy_j / baselines.until(baseline, max(plan.deadline_s, baseline.iteration_time_s)).energy_j,
     )  # fmt: skip
 
 
 def report(problem: Problem, front: Frontier, baseline: Plan, job: JobFile, factors: Sequence[float], pipelines: int) -> Report:
     """The frontier, the baselines within the same slowdowns, and a job with one straggler."""
+    from powerd_policies.perseus.planner import Planner
+    from powerd_policies.perseus.rounding import QUICK
+
     usual_s, gpus = baseline.iteration_time_s, job.gpus_per_stage
+    planner = Planner(problem)
     beside = []
     fixed: dict[str, Plan] = {}
     for allowed in SLOWDOWNS:
@@ -127,7 +136,7 @@ def report(problem: Problem, front: Frontier, baseline: Plan, job: JobFile, fact
         plans = {name: make(problem, allowed) for name, make in baselines.BASELINES.items() if allowed or name != "max clock"}
         if allowed:
             plans.pop("max clock")
-        plans = {**plans, "Perseus": front.at(deadline_s)}
+        plans = {**plans, "Perseus": planner.plan(deadline_s, QUICK)}
         for name, plan in plans.items():
             # Energy until the same moment for all, so that who is faster than allowed pays for its waiting.
             energy_j = baselines.until(plan, max(deadline_s, plan.iteration_time_s)).energy_j
@@ -154,15 +163,17 @@ def _straggling(front: Frontier, baseline: Plan, fixed: dict[str, Plan], factor:
 
     base_j = job_j(baseline, baseline)
     savings = {name: 1 - job_j(plan, plan) / base_j for name, plan in fixed.items() if name != "Perseus"}
-    return Straggling(factor, best.deadline_s, {**savings, "Perseus": 1 - job_j(own, best) / base_j})
+    return Straggling(factor, best.iteration_time_s, {**savings, "Perseus": 1 - job_j(own, best) / base_j})
 
 
 def frontier_table(rows: Sequence[Point]) -> Table:
     """The frontier, a row per plan."""
-    made = table(">deadline", ">slowdown", ">iteration time", ">energy", ">saving", ">at most", title="frontier")
+    made = table(
+        ">deadline", ">slowdown", ">iteration time", ">energy", ">saving", ">at most", ">beside a straggler", title="frontier"
+    )
     for row in rows:
         made.add_row(f"{row.deadline_s:.6g} s", f"{row.slowdown:+.2%}", f"{row.iteration_time_s:.6g} s", f"{row.energy_j:.6g} J",
-                     f"{row.saving:.2%}", f"{row.bound_saving:.2%}")  # fmt: skip
+                     f"{row.saving:.2%}", f"{row.bound_saving:.2%}", f"{row.waiting_saving:.2%}")  # fmt: skip
     return made
 
 

@@ -38,7 +38,6 @@ def solver_or_hint() -> None:
 
 def open_job(path: Path) -> tuple[JobFile, tuple[Row, ...], Problem]:
     """JOB.json with its profile and what is to be planned; RequestError naming file and row."""
-    solver_or_hint()
     from powerd_policies.perseus import document
 
     job, rows = document.load(path)
@@ -60,16 +59,20 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Choose the clock of every computation so that an iteration takes least energy within a deadline."""
+    solver_or_hint()
     from powerd.cli import frontiers
     from powerd_policies.perseus import profile, solve
+    from powerd_policies.perseus.quiet import stdout_to_stderr
 
     job, rows, problem = open_job(job_path)
     said = profile.notes(rows, job.blocking_power_w)
     kept = sum(len(options) for options in problem.tables)
-    solved = solve.solve_problem(job, problem, deadline)
+    with stdout_to_stderr():
+        solved = solve.solve_problem(job, problem, deadline)
     made = solved.to_json()
     if frontier:
-        points = frontiers.points(frontiers.compute(problem, frontier), solved.baseline, job)
+        with stdout_to_stderr():
+            points = frontiers.points(frontiers.compute(problem, frontier), solved.baseline, job)
         made["frontier"] = [point.to_json() for point in points]
     if output is not None:
         write_text(output, json.dumps(made, indent=1) + "\n")
@@ -145,17 +148,20 @@ def report(
     as_json: JsonFlag = False,
 ) -> None:
     """Plot and tabulate the frontier of time and energy, beside power limits and EnvPipe, alone and with a straggler."""
+    solver_or_hint()
     from powerd import plot
     from powerd.cli import frontiers
     from powerd_policies.perseus import baselines
+    from powerd_policies.perseus.quiet import stdout_to_stderr
 
     for path in picture or []:
         plot.check(path)
     factors = _factors(stragglers)
     job, _, problem = open_job(job_path)
-    front = frontiers.compute(problem, points, cache)
     baseline = baselines.max_clock(problem)
-    made = frontiers.report(problem, front, baseline, job, factors, pipelines)
+    with stdout_to_stderr():
+        front = frontiers.compute(problem, points, cache)
+        made = frontiers.report(problem, front, baseline, job, factors, pipelines)
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
     else:

@@ -17,9 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from powerd.api import JobEvent, JobStep
-from powerd.client.background import start as _start
+from powerd.client.background import nothing, pacer, start
 from powerd.client.nodetime import node_now_ns
-from powerd.client.pace import Pacer
 from powerd.errors import PowerdError, RequestError
 
 if TYPE_CHECKING:
@@ -50,9 +49,11 @@ class JobLog:
         self._closing = False
         self._closed = threading.Event()
         self._pid = os.getpid()
-        self._pacer: Pacer | None = None
+        self._stop, self._wake = threading.Event(), nothing
         ready = threading.Event()
-        _start(lambda: self._run(ready), "powerd-job-log")
+        start(lambda: self._run(ready), "powerd-job-log")
+        # On a stepped node a thread is the participant that it last joined as, so the new one joins by itself; until it has, this
+        # one does not go on and time cannot pass it by.
         ready.wait(CLOSE_S)
         atexit.register(self.close)
 
@@ -115,18 +116,19 @@ class JobLog:
                 self.dropped += 1
 
     def _run(self, ready: threading.Event) -> None:
+        leave = nothing
         try:
-            with Pacer(self._client, "job log") as self._pacer:
-                pacer = self._pacer
-                ready.set()
-                wait_s = self._interval_s
-                while not self._closing:
-                    pacer.wait(wait_s)
-                    wait_s = self._interval_s if self._send() else min(_PATIENT_S, 2 * wait_s)
-                self._send()
+            wait, self._wake, leave = pacer(self._stop, self._client.time_scale)
+            ready.set()
+            wait_s = self._interval_s
+            while not self._closing:
+                wait(wait_s)
+                wait_s = self._interval_s if self._send() else min(_PATIENT_S, 2 * wait_s)
+            self._send()
         except Exception as error:
             self._client.warn("job log", error)
         finally:
+            leave()
             ready.set()
             with self._lock:
                 self._closing = True
@@ -158,8 +160,8 @@ class JobLog:
             return
         with self._lock:
             self._closing = True
-        if self._pacer is not None:
-            self._pacer.wake()
+        self._stop.set()
+        self._wake()
         self._closed.wait(timeout_s)
 
     def __enter__(self) -> JobLog:

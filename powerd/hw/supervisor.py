@@ -213,6 +213,7 @@ class Supervisor:
 
     def _worker_gone(self, code: int) -> None:
         hold = self._table.hold
+        self._plans.prune(self._table.holds_clock, ready=False)
         if hold == "shutdown":
             if self._worker.error:
                 print(f"powerd-hw: {self._worker.error}", file=sys.stderr)

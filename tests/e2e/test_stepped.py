@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from powerd.demo.stage import stage
 
@@ -31,10 +32,10 @@ class Scored:
         return self.energy_j / self.true_j - 1
 
 
-def campaign(windows: int, seed: int, log: Path) -> list[Scored]:
-    """Every window scored."""
-    with stage(8, "stepped") as here, log.open("w") as errors:
-        command = [sys.executable, "-m", "tests.e2e.stepped_windows", str(windows), str(seed), str(here.made_ns + BEGIN_NS)]
+def run(module: str, gpus: int, log: Path, *arguments: object) -> Any:
+    """What a client's process says that begins once everybody has joined the clock."""
+    with stage(gpus, "stepped") as here, log.open("w") as errors:
+        command = [sys.executable, "-m", f"tests.e2e.{module}", *map(str, arguments), str(here.made_ns + BEGIN_NS)]
         root = Path(__file__).parents[2]
         env = {**here.env, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         child = subprocess.Popen(command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -48,7 +49,12 @@ def campaign(windows: int, seed: int, log: Path) -> list[Scored]:
         finally:
             child.kill()
             child.wait()
-    return [Scored(*row) for row in json.loads(answer)]
+    return json.loads(answer)
+
+
+def campaign(windows: int, seed: int, log: Path) -> list[Scored]:
+    """Every window scored."""
+    return [Scored(*row) for row in run("stepped_windows", 8, log, windows, seed)]
 
 
 def judge(scored: list[Scored], windows: int) -> None:
@@ -77,3 +83,12 @@ def test_one_seed_gives_one_answer(tmp_path: Path) -> None:
     other = campaign(100, 9, tmp_path / "other.log")
     assert again == first
     assert [s.seconds for s in other] != [s.seconds for s in first]
+
+
+def test_the_clocks_of_a_plan_change_at_the_very_instants_of_its_beats(tmp_path: Path) -> None:
+    found = run("stepped_beats", 4, tmp_path / "log")
+    assert len(found) == 4
+    for rows in found.values():
+        assert len(rows) == 25 * 4 + 4
+        assert {at for at, _, _ in rows if not isinstance(at, str)} == {1}, "simulated nanoseconds after the beat"
+        assert [row for row in rows if row[1] != row[2]] == []

@@ -58,17 +58,24 @@ for line in sys.stdin:
 _CLIENT = """
 import sys, time
 from powerd.client import Client
+from powerd.model import ClockPlan
 client = Client(sys.argv[1])
 lease = client.lease("all", sm_clock_mhz=1200, power_limit_w=500, reason="kill campaign", ttl_s=30)
 print("granted", flush=True)
-lease.change(sm_clock_mhz=1305, power_limit_w=450)
+lease.change(sm_clock_mhz=(None, 1305), power_limit_w=450)
 print("changed", flush=True)
+plan = ClockPlan("kill", lease.view.gpus[0], (1305, 1005, 900), 1110, 60.0)
+with lease.arm(plan) as beats:
+    for number in range(6):
+        beats.send(*divmod(number, 3))
+        time.sleep(0.02)
+    lease.arm(plan).send(0, 0)
 sys.stdin.readline()
 lease.release()
 print("released", flush=True)
 """
 #: (power limit in mW, SM clock in MHz) that the client above may have put in force, one control at a time.
-LIVE_LIMITS, LIVE_CLOCKS = {500_000, 450_000}, {1200, 1305}
+LIVE_LIMITS, LIVE_CLOCKS = {500_000, 450_000}, {1200, 1305, 1110, 1005, 900}
 
 
 class BrokenPromiseError(AssertionError):

@@ -56,12 +56,20 @@ def test_every_rank_profiles_plans_and_follows_its_plan(ranks: list[dict[str, An
         assert [state for state in own["states"] if state != "waiting"][:4] == ["recording", "profiling", "planning", "running"]
         assert own["plan"] is not None
         assert len(own["plan"]["clocks"][own["rank"]]) == len(own["recorded"][own["rank"]])
-        (armed,) = own["armed"]
-        assert armed["state"] == "running", armed
-        assert armed["step"] > 3
+        assert [armed["state"] for armed in own["armed"]] == ["running"], own["armed"]
+        assert own["armed"][0]["step"] > 3
     assert len({own["plan"]["id"] for own in said}) == 1
     assert said[0]["plan"]["energy_j"] < said[0]["plan"]["baseline_j"]
     assert sum(own["armed"][0]["switches"] for own in said) > 8  # clocks really change
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_daemon_knows_the_job_and_what_its_steps_used(ranks: list[dict[str, Any]], name: str) -> None:
+    said = ranks[0][f"{name}:plain"]
+    state, steps, plan, energy_j, time_s = said["job"]
+    assert (state, steps, plan) == ("ended", 22, said["plan"]["id"])
+    assert 0.5 * said["plan"]["energy_j"] < energy_j < 3 * said["plan"]["baseline_j"]
+    assert said["plan"]["iteration_s"] * 0.8 < time_s
 
 
 def test_an_evaluation_pass_and_a_wrong_order_are_warned_of_once_and_training_goes_on(ranks: list[dict[str, Any]]) -> None:

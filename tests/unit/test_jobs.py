@@ -19,7 +19,8 @@ class Book:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self.table = JobTable(self.records.append)
+        self.table = JobTable()
+        self.table.listeners.append(self.records.append)
         self.now_ns = 1000 * NS
 
     def say(self, kind: str, job: str = "j", uid: int = 7, **more: object) -> None:

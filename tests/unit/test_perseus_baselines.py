@@ -10,8 +10,9 @@ from powerd.errors import RequestError
 from powerd.resources import folder
 from powerd_policies.perseus import baselines, dag, profile, schedules
 from powerd_policies.perseus.document import chosen
-from powerd_policies.perseus.problem import Problem
+from powerd_policies.perseus.problem import Plan, Problem
 from powerd_policies.perseus.profile import Row
+from powerd_policies.perseus.straggler import job_energy
 
 
 def measured(gpu: str, blocking_power_w: float, microbatches: int = 12) -> Problem:
@@ -99,3 +100,17 @@ def test_an_operation_of_constant_time_has_no_limit() -> None:
     problem = dag.problem(dag.build(schedules.order("1f1b", 1, 2)), profile.options(rows, 50.0), 50.0)
     plan = baselines.global_power_limit(problem, 0.2)
     assert [option.mhz for option in chosen(plan)] == [1200, None, 1200, None]
+
+
+def test_envpipe_saves_what_was_published_beside_a_straggler() -> None:
+    """Perseus paper, figure 7: GPT-3 on A100, 96 microbatches, one of 16 pipelines 1.2x slower: EnvPipe saves 12.0 %."""
+    problem = measured("a100_sxm", 83.6, microbatches=96)
+    base, envpipe = baselines.max_clock(problem), baselines.envpipe(problem)
+
+    def job_j(plan: Plan) -> float:
+        late_s = 1.2 * base.iteration_time_s
+        return job_energy(
+            1.2 * plan.energy_j, plan.energy_j, plan.iteration_time_s, late_s, pipelines=16, ranks=8, blocking_power_w=83.6
+        )
+
+    assert 100 * (1 - job_j(envpipe) / job_j(base)) == pytest.approx(12.0, abs=0.3)

@@ -180,3 +180,11 @@ def test_a_job_file_finds_its_profile_beside_itself(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(RequestError, match="is not JSON"):
         document.load(tmp_path / "job.json")
+
+
+def test_what_a_solver_prints_is_no_part_of_the_answer() -> None:
+    talks = "import os; from powerd_policies.perseus.quiet import stdout_to_stderr\n"
+    talks += "with stdout_to_stderr():\n    os.write(1, b'solver\\n'); print('python')\nprint('answer')"
+    done = subprocess.run([sys.executable, "-c", talks], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "answer\n"
+    assert done.stderr == "solver\npython\n"

@@ -10,31 +10,27 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import astuple
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from powerd.client import Client
 from powerd_integrations.pipeline import agreement as agreed
-from powerd_integrations.pipeline import measured, planning
+from powerd_integrations.pipeline import planning
 from powerd_integrations.pipeline.agreement import Agreement, State
 from powerd_integrations.pipeline.diary import BASELINE, PROFILE, Diary, Page
+from powerd_integrations.pipeline.errands import Errands
 from powerd_integrations.pipeline.exchange import Exchange
-from powerd_integrations.pipeline.gpu import Gpu, Observed, Ran
-from powerd_integrations.pipeline.measured import Sheet
+from powerd_integrations.pipeline.gpu import Observed, Ran, iteration
 from powerd_integrations.pipeline.options import Options
+from powerd_integrations.pipeline.pace import telling
 from powerd_integrations.pipeline.place import Place
 from powerd_integrations.pipeline.recorded import Key, is_training, keys
 from powerd_integrations.pipeline.timing import HostTiming, Send, Timing
-from powerd_integrations.pipeline.worker import Worker
 
 if TYPE_CHECKING:
     from powerd.client import Beats
 
 log = logging.getLogger("powerd.pipeline")
-PREPARE_S = 2.0  # a lease that takes longer is waited for by training on
-RESULT_S = 30.0  # how long a step end waits at most for what the worker was asked a step ago
 
 
 class Conductor:
@@ -61,25 +57,19 @@ class Conductor:
         self._now_ns = now_ns or client.now_ns
         self._timing: Timing = timing or HostTiming(self._now_ns)
         self._mark, self._announce = self._timing.mark, self._timing.announce
-        self._gpu = Gpu(client, uuid, self.options, str(place))
-        self._worker = Worker(self.options.background)
-        about = (self._worker, self.options.first_step, lambda: self._gpu.uuid if self._gpu.ready else None)
+        self._errands = Errands(client, uuid, self.options, place, self.agreement)
+        self._gpu = self._errands.gpu
+        about = (self._errands.worker, self.options.first_step, lambda: self._gpu.uuid if self._gpu.ready else None)
         self._diary = Diary(client, self.options.job, place, *about) if self.options.report else None
         self._begin_ns = 0
         self._straight = False
         self._clock_mhz: float | None = None
-        self._planner: planning.Planner | None = None
-        self._planned: Future[list[dict[str, Any]]] | None = None
-        self._measuring: Future[Sheet | None] | None = None
-        self._arming: Future[Beats | None] | None = None
-        self._mending: Future[bool] | None = None
-        self._observing: Future[dict[int, Observed]] | None = None
-        self._observed: dict[int, Observed] = {}
         self._expected_s: list[float | None] = []
         self._kept: list[tuple[Any, ...]] = []
         self._whole: deque[tuple[Any, ...]] = deque(maxlen=2)  # the newest steps that followed the plan, without a gap
         self._first = place.pipeline == place.rank == place.tensor == 0
         self._off = False
+        self._fatal = ""  # what went wrong on this rank: it is said at the next exchange
         self._said_stray = False
         self._expected: tuple[Key, ...] = ()
         self._length = 0
@@ -103,7 +93,7 @@ class Conductor:
         try:
             self._reset()
             self._keep = self.agreement.keeps
-            if self._arming is not None and self._arming.done():
+            if self._errands.armed():
                 self._take_beats()
             self._begin_mark = self._mark()
             if self._diary is not None:
@@ -172,7 +162,7 @@ class Conductor:
         """Training is over: the clocks go back to whoever else has a say. A second call changes nothing."""
         try:
             self._leave()
-            self._worker.close()
+            self._errands.worker.close()
         except Exception as error:
             log.debug("closing: %s", error)
 
@@ -207,122 +197,117 @@ class Conductor:
             self._announce(self._mark(), lambda step, index: beats.safe(), 0, 0)
 
     def _close_step(self) -> None:
-        end_mark = self._mark()
-        whole = len(self._marks) == 2 * len(self._keys) and bool(self._keys)
-        followed = self._follows and self._k == self._length
+        """Whatever goes wrong in here, a training step counts on this rank as on every other."""
+        ran, marks = tuple(self._keys), tuple(self._marks)
+        whole = len(marks) == 2 * len(ran) and bool(ran)
+        try:
+            followed = self._ended(whole)
+            if whole and is_training(ran):
+                self._note((self._begin_mark, self._mark(), ran, marks), followed)
+        except Exception as error:
+            self._broken(error)
+        self._follows = False
+        if not whole or not is_training(ran):
+            return  # an evaluation pass, or a step that broke off: no step for anybody
+        self.steps += 1
+        self._perform(self.agreement.step())
+        while self.agreement.due and not self._off:
+            self._talk(ran)
+
+    def _ended(self, whole: bool) -> bool:
+        """Whether the step was the plan's, from its first instruction to its last."""
+        followed = self._follows and whole and self._k == self._length
         if self._beats is not None:
             self._step += 1
             if self._follows and not followed:
                 self._safe()
                 self._say_stray(f"{self.place} ended a step after {self._k} of {self._length} instructions")
-        as_agreed = whole and tuple(self._keys) == self._expected
-        step = (self._begin_mark, end_mark, tuple(self._keys), tuple(self._marks))
-        self._follows = False
-        if not whole or not is_training(self._keys):
-            return  # an evaluation pass, or a step that broke off: no step for anybody
-        self.steps += 1
+        return followed
+
+    def _note(self, step: tuple[Any, ...], followed: bool) -> None:
+        """Keep what this step may be asked for."""
         if self._diary is not None:
             self._straight = True
             self._diary.add(self._page(followed))
-        if self._keep and as_agreed:
+        if self._keep and step[2] == self._expected:
             self._kept.append(step)
-        if followed and as_agreed:
+        if followed:
             self._whole.append(step)
         else:
             self._whole.clear()
-        if self.steps == 1:
-            self._prepare()
-        self._perform(self.agreement.step())
-        while self.agreement.due and not self._off:
-            self._talk(tuple(self._keys))
+        if self.steps == 0:
+            self._errands.prepare()
 
     def _page(self, followed: bool) -> Page:
         name = PROFILE if self.agreement.state is State.PROFILING else BASELINE
         clock_mhz: float | None = float(self._gpu.top_mhz) if self._gpu.clocks_mhz and name == BASELINE else None
         if self._beats is not None and self.plan is not None:
             name, clock_mhz = (str(self.plan["id"]), self._clock_mhz) if followed else ("safe", None)
-        return Page(self.steps, self._begin_ns, self._now_ns(), name, clock_mhz)
+        return Page(self.steps + 1, self._begin_ns, self._now_ns(), name, clock_mhz)
 
     def _talk(self, ran: tuple[Key, ...]) -> None:
         words: dict[str, Any] = {"name": str(self.place), "place": list(astuple(self.place))}
         try:
-            words |= _SAY[self.agreement.state](self, ran)
-            words["ready"] = self._gpu.ready
+            words |= {"fatal": self._fatal} if self._fatal else _SAY[self.agreement.state](self, ran)
+            words["ready"] = self._errands.ready
         except Exception as error:  # the others must hear of it: they wait for these words
             log.debug("cannot say what the others wait for", exc_info=True)
             words |= {"ready": False, "fatal": f"{type(error).__name__}: {error}"}
         try:
             said = list(self._exchange.gather(words))
         except Exception as error:
-            self._broken(error, "the ranks cannot talk")
+            log.warning("powerd: training goes on without it, because the ranks cannot talk: %s: %s", type(error).__name__, error)
+            self._leave()
             return
         self._first = said[0]["place"] == words["place"]
         self._perform(self.agreement.hear(said))
 
     def _ran(self, step: tuple[Any, ...]) -> Ran:
-        begin, end, ran, marks = step
+        begin, end, what, marks = step
         times = self._timing.resolve([begin, *marks, end])
-        inner = times[1:-1]
-        return Ran(times[0], times[-1], tuple(zip(ran, inner[::2], inner[1::2], strict=True)))
+        return iteration(times[0], times[-1], what, times[1:-1])
 
     # -- what is said, by state -----------------------------------------------------------------------------------------------
 
     def _say_identity(self, ran: tuple[Key, ...]) -> dict[str, Any]:
-        if not self._gpu.ready:
-            self._prepare()
-            if self._mending is not None and self.agreement.state is State.RECORDING:
-                wait([self._mending], PREPARE_S)
+        recording = self.agreement.state is State.RECORDING
+        self._errands.prepare(patiently=recording)
         gpu = self._gpu
         words = {"clocks": list(gpu.clocks_mhz), "gpu": gpu.name, "driver": gpu.driver}
         words["shape"] = str(self._shape() if callable(self._shape) else self._shape)
-        return words | ({"order": [list(key) for key in ran]} if self.agreement.state is State.RECORDING else {})
+        return words | ({"order": [list(key) for key in ran]} if recording else {})
 
     def _say_profile(self, ran: tuple[Key, ...]) -> dict[str, Any]:
         self._expected = self.agreement.order[self.place.rank]
         self._length = len(self._expected)
-        if self.place.local_rank != 0:
-            return {}
-        kept = measured.load(self.options.cache, self.agreement.key)
-        return {"sheets": [] if kept is None else [sheet.to_json() for sheet in kept.sheets.values()]}
+        return {"sheets": self._errands.kept()}
 
     def _say_sheet(self, ran: tuple[Key, ...]) -> dict[str, Any]:
-        asked, self._measuring = self._measuring, None
-        try:
-            sheet = None if asked is None else asked.result(RESULT_S)
-        except Exception as error:
-            log.debug("the profile of this clock is lost: %s", error)
-            sheet = None
-        if not self._gpu.ready:
-            self._prepare()
+        sheet = self._errands.sheet()
+        self._errands.prepare()
         return {"sheet": None if sheet is None else sheet.to_json()}
 
     def _say_plans(self, ran: tuple[Key, ...]) -> dict[str, Any]:
-        if not self._first or self._planned is None or not self._planned.done():
-            return {}
-        planned, self._planned = self._planned, None
-        error = planned.exception()
-        return {"error": str(error) or type(error).__name__} if error is not None else {"plans": planned.result()}
+        return self._errands.plans() if self._first else {}
 
     def _say_pace(self, ran: tuple[Key, ...]) -> dict[str, Any]:
         self._mend()
         if len(self._whole) < 1 + self._timing.lags or self.plan is None:
             return {"time_s": None}
         step = self._ran(self._whole[-1 - self._timing.lags])
-        if self._observing is not None and self._observing.done():
-            done, self._observing = self._observing, None
-            self._observed = {} if done.exception() is not None else done.result()
         ratios: dict[int, list[tuple[float, float]]] = {}
         for ((stage, _, _), begin_ns, end_ns), expected_s in zip(step.instructions, self._expected_s, strict=True):
             if expected_s is None:
                 continue
             ratios.setdefault(stage, []).append(((end_ns - begin_ns) / 1e9, expected_s))
-        stages = []
-        for stage, all_of in ratios.items():
-            ratio, seen = _telling(all_of), self._observed.get(stage, Observed(None, ()))
-            stages.append([stage, ratio, seen.ceiling_mhz, list(seen.reasons)])
-            if ratio > 1.0 + 2 * self.options.tolerance and self._observing is None:
-                clocks = self.plan["clocks"][self.place.rank]
-                self._observing = self._worker.submit(partial(self._gpu.observe, step, clocks))
+        longer = {stage: telling(all_of) for stage, all_of in ratios.items()}
+        slow = any(ratio > 1.0 + 2 * self.options.tolerance for ratio in longer.values())
+        observed = self._errands.observe(step, self.plan["clocks"][self.place.rank], slow)
+        unknown = Observed(None, ())
+        stages = [
+            [s, ratio, *(observed.get(s, unknown).ceiling_mhz, list(observed.get(s, unknown).reasons))]
+            for s, ratio in longer.items()
+        ]
         return {"time_s": step.whole_s if self.place.rank == 0 else step.busy_s, "stages": stages}
 
     # -- what is done ---------------------------------------------------------------------------------------------------------
@@ -331,16 +316,15 @@ class Conductor:
         for action in actions:
             if isinstance(action, agreed.SetClock):
                 self._kept = []
-                self._worker.submit(partial(self._gpu.set_clock, action.mhz))
+                self._errands.set_clock(action.mhz)
             elif isinstance(action, agreed.Measure):
                 kept, self._kept = self._kept, []
-                self._measuring = self._worker.submit(partial(self._measure, action.mhz, kept))
+                self._errands.measure(action.mhz, lambda kept=kept: [self._ran(step) for step in kept])  # type: ignore[misc]
             elif isinstance(action, agreed.Save):
-                if self.place.local_rank == 0 and self.place.tensor == 0:
-                    self._worker.submit(self._save)
+                self._errands.save()
             elif isinstance(action, agreed.MakePlan):
                 if self._first:
-                    self._planned = self._worker.submit(partial(self._make_plans, action))
+                    self._errands.make_plans(action)
             elif isinstance(action, agreed.Arm):
                 self._follow(dict(action.plan))
             elif isinstance(action, agreed.Tell):
@@ -348,30 +332,6 @@ class Conductor:
                 log.log(level, "powerd: %s", action.text)
             else:
                 self._leave()
-
-    def _prepare(self) -> None:
-        if self._mending is None or self._mending.done():
-            self._mending = self._worker.submit(self._gpu.prepare)
-
-    def _measure(self, mhz: int, kept: Sequence[tuple[Any, ...]]) -> Sheet | None:
-        return self._gpu.sheet(mhz, [self._ran(step) for step in kept])
-
-    def _save(self) -> None:
-        try:
-            measured.save(self.options.cache, self.agreement.key, self.agreement.profile)
-        except OSError as error:
-            log.info("powerd: the profile cannot be kept: %s", error)
-
-    def _make_plans(self, request: agreed.MakePlan) -> list[dict[str, Any]]:
-        if self._planner is None:
-            profile, options = self.agreement.profile, self.options
-            watts = options.blocking_power_w or profile.blocking_power_w or 0.0
-            here = planning.can_plan_here() if options.plan_locally is None else options.plan_locally
-            name = f"perseus-{self.agreement.key[:8]}"
-            self._planner = planning.planning(
-                self.agreement.order, profile.rows, watts, options.slowdown, name, self._gpu.client, here
-            )
-        return self._planner.plan(request)
 
     def _follow(self, plan: dict[str, Any]) -> None:
         """Arm this rank's part; the plan in force goes on until the new one is there."""
@@ -382,37 +342,37 @@ class Conductor:
         self._expected_s = [expected.get((s, k, mhz)) for (s, k, _), mhz in zip(self._expected, clocks, strict=True)]
         known = [(mhz, time_s) for mhz, time_s in zip(clocks, self._expected_s, strict=True) if mhz and time_s]
         self._clock_mhz = sum(mhz * time_s for mhz, time_s in known) / sum(time_s for _, time_s in known) if known else None
-        self._arming = self._worker.submit(partial(self._gpu.arm, plan["id"], clocks, plan["iteration_s"]))
+        self._errands.arm(plan["id"], clocks, plan["iteration_s"])
         if not self.options.background:
             self._take_beats()
 
     def _take_beats(self) -> None:
-        arming, self._arming = self._arming, None
-        beats = None if arming is None or arming.exception() is not None else arming.result()
+        beats = self._errands.beats()
         before, self._beats = self._beats, beats
         self._send = _nobody if beats is None else beats.send
         self._announced = False
         self._whole.clear()
-        if before is not None and beats is None:  # a new plan takes the old one's place by itself
-            self._worker.submit(before.close)
+        if beats is None:  # else the new plan takes the old one's place by itself
+            self._errands.give_up(before)
 
     def _mend(self) -> None:
         """A lease or a beat socket that was lost is asked for again, while training goes on at the daemon's own setting."""
-        if self.plan is None or self._arming is not None or (self._gpu.ready and self._beats is not None and self._beats.alive):
+        alive = self._beats is not None and self._beats.alive
+        if self.plan is None or self._errands.arming or (self._errands.ready and alive):
             return
-        if not self._gpu.ready:
-            self._beats, self._send = None, _nobody
-            self._prepare()
-        else:
+        if self._errands.ready:
             self._follow(self.plan)
+        else:
+            self._beats, self._send = None, _nobody
+            self._errands.prepare()
 
-    def _broken(self, error: Exception, what: str = "conducting failed") -> None:
-        """Something of our own went wrong: leave training alone from here on."""
-        if self._off:
-            return
-        log.warning("powerd: %s and training goes on without it: %s: %s", what, type(error).__name__, error)
+    def _broken(self, error: Exception) -> None:
+        """Something of our own went wrong: the safe clock now, and all ranks leave together when they talk next."""
         log.debug("the failure", exc_info=error)
-        self._leave()
+        self._fatal = self._fatal or f"{type(error).__name__}: {error}"
+        self._follows = False
+        beats, self._beats, self._send = self._beats, None, _nobody
+        self._errands.give_up(beats)
 
     def _leave(self) -> None:
         if self._off:
@@ -421,21 +381,8 @@ class Conductor:
         beats, self._beats, self._send = self._beats, None, _nobody
         if self._diary is not None:
             self._diary.close(self.agreement.why_off)
-        self._worker.submit(partial(self._give_back, beats))
-
-    def _give_back(self, beats: Beats | None) -> None:
-        if beats is not None:
-            beats.close()
-        self._gpu.release()
-        self._timing.close()
-
-
-def _telling(times: Sequence[tuple[float, float]]) -> float:
-    """How much longer a stage's work takes than expected, from (measured, expected) of each instruction, without the odd ones."""
-    ordered = sorted(times, key=lambda pair: pair[0] / pair[1])
-    odd = len(ordered) // 8
-    counted = ordered[odd : len(ordered) - odd]
-    return sum(measured_s for measured_s, _ in counted) / sum(expected_s for _, expected_s in counted)
+        self._errands.give_up(beats)
+        self._errands.release(self._timing.close)
 
 
 def _nobody(step: int, index: int) -> None:

@@ -1,7 +1,7 @@
-"""What a rank tells its daemon of every step: time, energy, mean clock, plan; shown by ``powerctl jobs`` and kept in the store.
+"""What a rank tells its daemon of every step: time, energy, mean clock, plan; ``powerctl jobs`` shows it.
 
-House rules: nothing here makes training wait; energies are asked for in batches, after the fact; a step's time reaches to the next
-step's begin, so that the optimizer's share is in it, unless something else than training lay between.
+House rules: nothing here makes training wait; energies are asked for in batches, after the fact; a step's time reaches to the
+next step's begin, so that the optimizer's share is in it, unless something else than training lay between.
 """
 
 from __future__ import annotations

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from powerd.client import Client, Lease, Span
 from powerd.errors import PowerdError
 from powerd.model import ClockPlan
 from powerd_integrations.pipeline.measured import Row, Sheet
 from powerd_integrations.pipeline.options import Options
-from powerd_integrations.pipeline.recorded import Key
+from powerd_integrations.pipeline.recorded import BACKWARD, WEIGHT, Key
 
 if TYPE_CHECKING:
     from powerd.client import Beats
 
+SYNC = 1.3  # a last backward that takes so many times as long as the others has gradients to synchronise
 OUTSIDE = "outside"  # between iterations: input, gradient synchronisation, optimizer
 #: Clock event reasons that tell of a GPU that is held back; idle and the clocks that somebody asked for do not.
 HELD_BACK = (
@@ -51,6 +52,24 @@ class Ran:
     def whole_s(self) -> float:
         """From the step's begin to the last instruction's end."""
         return (self.instructions[-1][2] - self.begin_ns) / 1e9
+
+
+def iteration(begin_ns: int, end_ns: int, what: Sequence[Key], times_ns: Sequence[int]) -> Ran:
+    """One iteration from the begin and end of each instruction; gradient synchronisation is cut off.
+
+    Data parallelism by hooks (DDP, FSDP) synchronises inside each stage's last backward, where a pipeline waits for the slowest
+    one: that backward counts for as long as the others of its kind take.
+    """
+    each: list[list[Any]] = [[key, begin, end] for key, begin, end in zip(what, times_ns[::2], times_ns[1::2], strict=True)]
+    of_kind: dict[tuple[int, str], list[Any]] = {}
+    for row in each:
+        of_kind.setdefault(row[0][:2], []).append(row)
+    for (_, kind), rows in of_kind.items():
+        if kind in (BACKWARD, WEIGHT) and len(rows) > 2:
+            last, usual_ns = rows[-1], median(end - begin for _, begin, end in rows[:-1])
+            if last[2] - last[1] > SYNC * usual_ns:
+                last[2] = last[1] + round(usual_ns)
+    return Ran(begin_ns, end_ns, tuple((key, begin, end) for key, begin, end in each))
 
 
 @dataclass(frozen=True, slots=True)

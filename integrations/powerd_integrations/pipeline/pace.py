@@ -122,3 +122,11 @@ class Stages:
                 del self.slow[where]
             changed.add(where[0])
         return changed
+
+
+def telling(times: Sequence[tuple[float, float]]) -> float:
+    """How much longer a stage's work takes than expected, from (measured, expected) of each instruction, without the odd ones."""
+    ordered = sorted(times, key=lambda pair: pair[0] / pair[1])
+    odd = len(ordered) // 8
+    counted = ordered[odd : len(ordered) - odd]
+    return sum(measured_s for measured_s, _ in counted) / sum(expected_s for _, expected_s in counted)

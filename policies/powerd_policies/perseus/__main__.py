@@ -8,18 +8,18 @@ the job as in JOB.json without ``profile``. Output: OUT.json.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 
 from powerd.errors import EXIT_FAILURE, EXIT_USAGE, PowerdError
 from powerd_policies.perseus import solve
+from powerd_policies.perseus.quiet import stdout_to_stderr
 
 
 def main() -> int:
     """Read stdin, write stdout; the exit code."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # solvers may talk
+        with stdout_to_stderr():
             made, code = solve.answer(json.load(sys.stdin)), 0
     except PowerdError as error:
         made, code = {"error": str(error)}, EXIT_USAGE

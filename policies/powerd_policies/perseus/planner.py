@@ -13,7 +13,7 @@ import numpy as np
 from powerd.errors import RequestError
 from powerd_policies.perseus.problem import Ints, Plan, Problem
 from powerd_policies.perseus.relax import Network
-from powerd_policies.perseus.rounding import fastest_times, to_clocks
+from powerd_policies.perseus.rounding import THOROUGH, Effort, fastest_times, to_clocks
 
 IN_TIME = 1e-9  # of the deadline: how far below the shortest time a deadline still means the shortest time
 
@@ -44,14 +44,14 @@ class Planner:
         self.cheapest_s = max(problem.dag.ends(self._times(self.cheapest)), default=0.0)
         self.network = Network(problem)
 
-    def plan(self, deadline_s: float) -> Plan:
+    def plan(self, deadline_s: float, effort: Effort = THOROUGH) -> Plan:
         """See ``plan`` above."""
         deadline_s = self.checked(deadline_s)
         if deadline_s >= self.cheapest_s:
             at_rest = Plan(self.problem, self.cheapest, deadline_s, -math.inf)
             return Plan(self.problem, self.cheapest, deadline_s, at_rest.energy_j)
         relaxed = self.network.solve(deadline_s)
-        return Plan(self.problem, to_clocks(self.problem, relaxed, deadline_s), deadline_s, relaxed.lower_bound_j)
+        return Plan(self.problem, to_clocks(self.problem, relaxed, deadline_s, effort), deadline_s, relaxed.lower_bound_j)
 
     def checked(self, deadline_s: float) -> float:
         """The deadline, which is a possible one."""

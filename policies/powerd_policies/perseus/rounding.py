@@ -7,14 +7,19 @@ that partial plans can be compared while they are built; a plan that would be la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from powerd_policies.perseus.problem import Floats, Ints, Problem
 from powerd_policies.perseus.relax import Relaxed
+from powerd_policies.perseus.search import IN_TIME, Search
 
 TOLERANCE = 1e-12  # of the deadline: float error of a longest path
+OPTIONS = 6  # per node, by reduced cost
+WIDTH = 64  # partial plans kept
+EAGER = (0.1, 0.3, 1.0)
 EXACT_WIDTH = 20_000  # partial plans kept when all of them are wanted
 EXACT_NODES = 12
 
@@ -139,30 +144,60 @@ def beam(
     return Found(choice, float(above[best]), complete)
 
 
-def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float) -> Ints:
+def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, effort: Effort) -> Ints:
     """An option of every node, in time; exact when there are few nodes."""
-    base = problem.blocking_j(deadline_s) - relaxed.lower_bound_j
-    table = np.array([len(column) for column in problem.columns.times_s])
-    first = np.cumsum([0, *table[:-1]])
+    blocking_j = problem.blocking_j(deadline_s)
+    counts = np.array([len(column) for column in problem.columns.times_s])
+    first = np.cumsum([0, *counts[:-1]])[problem.table]
     effective = np.concatenate(problem.columns.effective_j)
     times = np.concatenate(problem.columns.times_s)
 
-    def above_j(choice: Ints) -> float:
-        flat = first[problem.table] + choice
-        if max(problem.dag.ends(times[flat]), default=0.0) > deadline_s * (1 + TOLERANCE):
-            return np.inf
-        return float(effective[flat].sum()) + base
+    def energy_j(choice: Ints) -> float:
+        late = max(problem.dag.ends(times[first + choice])) > deadline_s * (1 + IN_TIME)
+        return np.inf if late else float(effective[first + choice].sum()) + blocking_j
 
     quickest = np.array([column.argmin() for column in problem.columns.times_s])[problem.table]
     found = [quickest, round_down(problem, relaxed)]
-    options = candidates(problem, relaxed, 4)
-    for eager in (0.1, 0.3, 1.0):
-        if (plan := beam(problem, relaxed, deadline_s, options, 64, eager)) is not None:
+    options = candidates(problem, relaxed, OPTIONS)
+    for eager in EAGER:
+        if (plan := beam(problem, relaxed, deadline_s, options, WIDTH, eager)) is not None:
             found.append(plan.choice)
-    best = min(found, key=above_j)
+    best = min(found, key=energy_j)
     if len(best) <= EXACT_NODES:
-        most = above_j(best) + 1e-9 * abs(relaxed.lower_bound_j)
-        everything = candidates(problem, relaxed, int(table.max()), most)
+        most = energy_j(best) - relaxed.lower_bound_j + 1e-9 * abs(relaxed.lower_bound_j)
+        everything = candidates(problem, relaxed, int(counts.max()), most)
         if (plan := beam(problem, relaxed, deadline_s, everything, EXACT_WIDTH, 0.0, most)) is not None:
-            best = min(best, plan.choice, key=above_j)
-    return best
+            best = min(best, plan.choice, key=energy_j)
+            if plan.complete:
+                return best
+    if (quickest == best).all() and not np.isfinite(energy_j(best)):
+        return best
+    usable = [np.union1d(row, [chosen]) for row, chosen in zip(options.options, best.tolist(), strict=True)]
+    search = Search(problem, usable, best, deadline_s)
+
+    def within(share: float) -> Callable[[float], bool]:
+        return lambda effective_j: effective_j + blocking_j <= relaxed.lower_bound_j * (1 + share)
+
+    turns = max(effort.least_turns, effort.chain_nodes // len(best))
+    search.chains(turns, max(8, turns // 4), within(effort.enough))
+    small = len(best) <= effort.window_nodes
+    if small or not within(effort.poor)(search.energy_j):
+        target = within(effort.enough if small else effort.poor)
+        search.windows(24, 1, target)
+        search.windows(40, 2, target)
+    return search.result
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to look; by counts, never by a clock, so that the same problem always gets the same plan."""
+
+    chain_nodes: int  # instructions visited along chains
+    least_turns: int
+    window_nodes: int  # pipelines up to this many instructions are searched in windows as well
+    enough: float  # stop when within this share of the lower bound
+    poor: float  # longer pipelines are searched in windows only when further than this from it
+
+
+THOROUGH = Effort(12_000, 2, 256, 1e-6, 0.0095)
+QUICK = Effort(6_000, 1, 0, 1e-6, 0.02)

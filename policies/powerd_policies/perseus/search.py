@@ -1,0 +1,228 @@
+"""Better clocks from good ones: every step keeps the plan in time and takes no more energy than before.
+
+House rules: pure and deterministic (its random numbers have a fixed seed, its solver a limit of nodes, not of time); two
+neighbourhoods: whole chains of instructions at once, each solved exactly between fixed hand-over moments, and short windows of
+time over all ranks as small integer programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from powerd_policies.perseus.problem import Dag, Floats, Ints, Problem
+
+IN_TIME = 1e-10  # of the deadline: float error that is not lateness
+LABELS = 48  # partial plans kept per chain
+WINDOW_STEPS = 1e4  # a window's length in the integer program's unit of time, which keeps its tolerances far below it
+WINDOW_NODES = 300  # branch-and-bound nodes per window
+
+
+class Search:
+    """One plan being improved; ``choice`` counts within the options it was given, fastest first, padded with infinity."""
+
+    def __init__(self, problem: Problem, options: list[Ints], choice: Ints, deadline_s: float) -> None:
+        self.problem, self.deadline_s = problem, deadline_s
+        nodes = len(options)
+        widest = max(len(row) for row in options)
+        self.options = np.full((nodes, widest), -1)
+        self.times = np.full((nodes + 1, widest), np.inf)  # the last row pads chains: no time, no energy
+        self.energies = np.full((nodes + 1, widest), np.inf)
+        self.times[nodes, 0] = self.energies[nodes, 0] = 0.0
+        for node, (row, table) in enumerate(zip(options, problem.table.tolist(), strict=True)):
+            times = problem.columns.times_s[table][row]
+            order = np.argsort(times, kind="stable")
+            self.options[node, : len(row)] = row[order]
+            self.times[node, : len(row)] = times[order]
+            self.energies[node, : len(row)] = problem.columns.effective_j[table][row][order]
+        self.every = np.arange(nodes)
+        self.choice = np.asarray((self.options == choice[:, None]).argmax(axis=1))
+        self.energy_j = self._energy(self.choice)
+        self.covers = [_cover(problem.dag, along_rank=True), _cover(problem.dag, along_rank=False)]
+        self.random = np.random.default_rng(0)
+
+    @property
+    def result(self) -> Ints:
+        """The plan as indices into the problem's tables."""
+        return np.asarray(self.options[self.every, self.choice])
+
+    def _energy(self, choice: Ints) -> float:
+        return float(self.energies[self.every, choice].sum())
+
+    def _accept(self, choice: Ints) -> bool:
+        """Take a plan that is in time and not worse; whether it is better."""
+        energy = self._energy(choice)
+        if energy > self.energy_j:
+            return False
+        if max(self.problem.dag.ends(self.times[self.every, choice])) > self.deadline_s * (1 + IN_TIME):
+            return False
+        better = energy < self.energy_j - 1e-12 * abs(self.energy_j)
+        self.choice, self.energy_j = choice, energy
+        return better
+
+    def chains(self, most: int, patience: int, enough: Callable[[float], bool]) -> None:
+        """Improve along ranks and along microbatches in turn, until ``patience`` turns in a row found nothing."""
+        idle = 0
+        for turn in range(most):
+            chains, across = self.covers[turn % 2]
+            found = self._along(chains, across)
+            idle = 0 if found is not None and self._accept(found) else idle + 1
+            if idle >= patience or enough(self.energy_j):
+                return
+
+    def _along(self, chains: Ints, across: Ints) -> Ints | None:
+        """Every chain's best options while each edge between chains hands over at one fixed moment."""
+        nodes, deadline_s = len(self.every), self.deadline_s
+        times = self.times[self.every, self.choice]
+        early, late, total = self.problem.dag.schedule(times)
+        # Any mix of the earliest and the latest schedule is one too; hand over anywhere in what it leaves free.
+        start = early + self._share(0.3) * (late + (deadline_s - total) - early)
+        share = self._share(0.3) if self.random.random() < 0.3 else self.random.random(len(across))
+        moment = (start + times)[across[:, 0]] * (1 - share) + share * start[across[:, 1]]
+        release = np.zeros(nodes + 1)
+        due = np.full(nodes + 1, deadline_s)
+        due[nodes] = np.inf
+        np.maximum.at(release, across[:, 1], moment)
+        np.minimum.at(due, across[:, 0], moment)
+        due = due + deadline_s * 1e-13
+        count = len(chains)
+        end, cost = np.zeros((count, 1)), np.zeros((count, 1))
+        trail: list[Ints] = []
+        for nodes_now in chains.T:
+            ends = np.maximum(end, release[nodes_now][:, None])[:, :, None] + self.times[nodes_now][:, None, :]
+            costs = np.where(
+                ends <= due[nodes_now][:, None, None], cost[:, :, None] + self.energies[nodes_now][:, None, :], np.inf
+            ).reshape(count, -1)
+            ends = ends.reshape(count, -1)
+            order = np.argsort(ends, axis=1)
+            ends, costs = np.take_along_axis(ends, order, 1), np.take_along_axis(costs, order, 1)
+            # Only what is cheaper than everything that ends before it is worth keeping.
+            least = np.minimum.accumulate(costs, axis=1)
+            keep = np.isfinite(costs)
+            keep[:, 1:] &= costs[:, 1:] < least[:, :-1]
+            kept = keep.sum(axis=1)
+            if not kept.all():
+                return None
+            most = int(kept.max())
+            place = np.argsort(~keep, axis=1, kind="stable")[:, :most]
+            if most > LABELS:
+                thinned = np.linspace(0, 1, LABELS)[None, :] * (kept[:, None] - 1)
+                place = np.take_along_axis(place, np.rint(thinned).astype(np.int64), 1)
+                real = np.ones(place.shape, bool)
+            else:
+                real = np.arange(most)[None, :] < kept[:, None]
+            end = np.where(real, np.take_along_axis(ends, place, 1), np.inf)
+            cost = np.where(real, np.take_along_axis(costs, place, 1), np.inf)
+            trail.append(np.take_along_axis(order, place, 1))
+        best = cost.argmin(axis=1)
+        found = np.zeros(nodes + 1, np.int64)
+        for nodes_now, step in zip(chains.T[::-1], reversed(trail), strict=True):
+            best, option = np.divmod(step[np.arange(count), best], self.times.shape[1])
+            found[nodes_now] = option
+        return found[:nodes]
+
+    def _share(self, whole: float) -> float:
+        """A random number from 0 to 1, often one of its ends."""
+        share = float(self.random.random())
+        return float(round(share)) if self.random.random() < whole else share
+
+    def windows(self, size: int, rounds: int, enough: Callable[[float], bool]) -> None:
+        """Improve ``size`` instructions that start one after the other, in overlapping windows from start to end."""
+        for _ in range(rounds):
+            before = self.energy_j
+            for first in range(0, max(1, len(self.every) - size // 2), max(1, size // 2)):
+                start = self.problem.dag.schedule(self.times[self.every, self.choice])[0]
+                order = np.lexsort((self.every, start))
+                if (found := self._window(order[first : first + size])) is not None:
+                    self._accept(found)
+                if enough(self.energy_j):
+                    return
+            if not self.energy_j < before - 1e-6 * abs(before):
+                return
+
+    def _window(self, free: Ints) -> Ints | None:
+        """The best options of these nodes while all others keep theirs: nothing outside lies between two of them."""
+        dag, size, width = self.problem.dag, len(free), self.times.shape[1]
+        times = self.times[self.every, self.choice]
+        early, late, total = dag.schedule(times)
+        late = late + (self.deadline_s - total)
+        place = {node: index for index, node in enumerate(free.tolist())}
+        release, due = np.zeros(size), np.full(size, self.deadline_s)
+        inner: list[tuple[int, int]] = []
+        for node, index in place.items():
+            for other in dag.before[node]:
+                if other in place:
+                    inner.append((place[other], index))
+                else:
+                    release[index] = max(release[index], early[other] + times[other])
+            for other in dag.after[node]:
+                if other not in place:
+                    due[index] = min(due[index], late[other])
+        origin = float(release.min())
+        unit = WINDOW_STEPS / max(float(due.max()) - origin, 1e-300)
+        usable = np.isfinite(self.times[free])
+        length = np.where(usable, self.times[free], 0.0) * unit
+        energy = np.where(usable, self.energies[free], np.inf)
+        least = energy.min(axis=1)
+        cost = np.where(usable, energy - least[:, None], 0.0)
+        # Variables: the start of every node, then one zero-or-one per node and option.
+        edges = np.array(inner, np.int64).reshape(-1, 2)
+        rows = np.arange(len(edges))
+        column = size + np.arange(size * width).reshape(size, width)
+        ends = len(edges) + np.arange(size)
+        row = np.concatenate([rows, rows, np.repeat(rows, width), ends, np.repeat(ends, width)])
+        col = np.concatenate([edges[:, 1], edges[:, 0], column[edges[:, 0]].ravel(), np.arange(size), column.ravel()])
+        value = np.concatenate(
+            [np.ones(len(edges)), -np.ones(len(edges)), -length[edges[:, 0]].ravel(), -np.ones(size), -length.ravel()]
+        )
+        later = sparse.csr_array((value, (row, col)), (len(edges) + size, size * (width + 1)))
+        one = sparse.csr_array(
+            (np.ones(size * width), (np.repeat(np.arange(size), width), column.ravel())), (size, size * (width + 1))
+        )
+        floor = np.concatenate([np.zeros(len(edges)), -(due - origin) * unit])
+        found = milp(
+            np.concatenate([np.zeros(size), cost.ravel()]),
+            integrality=np.concatenate([np.zeros(size), np.ones(size * width)]),
+            bounds=Bounds(
+                np.concatenate([(release - origin) * unit, np.zeros(size * width)]),
+                np.concatenate([(due - origin) * unit, usable.ravel().astype(float)]),
+            ),
+            constraints=[LinearConstraint(later, floor, np.inf), LinearConstraint(one, 1, 1)],
+            options={"node_limit": WINDOW_NODES, "mip_rel_gap": 1e-4, "presolve": True},
+        )
+        if found.x is None:
+            return None
+        choice = self.choice.copy()
+        choice[free] = found.x[size:].reshape(size, width).argmax(axis=1)
+        return choice
+
+
+def _cover(dag: Dag, *, along_rank: bool) -> tuple[Ints, Ints]:
+    """Chains of edges that hold every node once, padded with the number of nodes, and the edges between chains.
+
+    A chain goes on along its rank, or from rank to rank as a microbatch does, where it can choose.
+    """
+    nodes = len(dag.nodes)
+    rank = dag.rank.tolist()
+    chains: list[list[int]] = []
+    chain_of = [-1] * nodes
+    for node in range(nodes):
+        open_ends = [other for other in dag.before[node] if chains[chain_of[other]][-1] == other]
+        liked = [other for other in open_ends if (rank[other] == rank[node]) == along_rank] or open_ends
+        if liked:
+            chain_of[node] = chain_of[max(liked)]
+            chains[chain_of[node]].append(node)
+        else:
+            chain_of[node] = len(chains)
+            chains.append([node])
+    padded = np.full((len(chains), max(len(chain) for chain in chains)), nodes)
+    follower = np.full(nodes, -1)
+    for index, chain in enumerate(chains):
+        padded[index, : len(chain)] = chain
+        follower[chain[:-1]] = chain[1:]
+    across: NDArray[np.bool_] = follower[dag.edges[:, 0]] != dag.edges[:, 1]
+    return padded, dag.edges[across]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 
-from powerd.api import API_HEADER, API_VERSION, LEASE_TOKEN_HEADER, MAX_BODY_BYTES, ROUTES
+from powerd.api import API_HEADER, API_VERSION, LEASE_TOKEN_HEADER, MAX_BODY_BYTES
 from powerd.errors import CODES
+from powerd.routes import ROUTES
 from powerd.solver_child import AT_ONCE, MEMORY_BYTES, TIME_S, WAITING
 
 _HEAD = f"""# The API

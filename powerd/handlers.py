@@ -1,4 +1,4 @@
-"""One handler per row of powerd.api.ROUTES: check permission, ask the engine, encode the answer.
+"""One handler per row of powerd.routes.ROUTES: check permission, ask the engine, encode the answer.
 
 House rules: a handler decides nothing itself; errors are raised, never answered here; a snapshot is encoded once per tick and
 view.

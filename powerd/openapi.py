@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from powerd import __version__
-from powerd.api import API_HEADER, API_VERSION, LEASE_TOKEN_HEADER, ROUTES, ErrorView, Route
+from powerd.api import API_HEADER, API_VERSION, LEASE_TOKEN_HEADER, ErrorView
 from powerd.errors import CODES
+from powerd.routes import ROUTES, Route
 
 
 def _content(schema: Any, media: str = "application/json") -> dict[str, Any]:

@@ -93,6 +93,10 @@ class PlanBook:
         if not any(want.control is Control.SM_CLOCK for want in lease.wants):
             hint = "want a ceiling: the plan's highest clock"
             raise RequestError(f"lease {lease.id} wants nothing of the SM clock", hint=hint, code="conflict")
+        for other in (known.view for known in self._plans.values() if known.view.uuid == plan.uuid):
+            if other.lease != lease.id and other.lease in self._book.live_leases:
+                what = f"{plan.uuid} follows the clock plan {other.id} of lease {other.lease}"
+                raise RequestError(what, hint="one lease at a time: wait for its end", code="conflict")
         return checked(plan, self._node.capabilities[plan.uuid])
 
     async def arm(self, lease: Lease, plan: ClockPlan) -> tuple[PlanView, socket.socket]:

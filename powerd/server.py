@@ -1,7 +1,7 @@
 """HTTP over the Unix socket (and TCP when configured): who is calling, errors as JSON, versions, limits, routes.
 
 House rules: every request is authorised anew from kernel facts; every error is ``{"error": ErrorView}``; nothing is served
-that is not a row of powerd.api.ROUTES.
+that is not a row of powerd.routes.ROUTES.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from aiohttp import web
 
 from powerd.access import Origin, Principal, Rules, may_control
-from powerd.api import API_HEADER, API_VERSION, FLIGHT_HEADER, MAX_BODY_BYTES, ROUTES
+from powerd.api import API_HEADER, API_VERSION, FLIGHT_HEADER, MAX_BODY_BYTES
 from powerd.attach import check_version, error_body
 from powerd.call import Call, Handler
 from powerd.clock import Clock
@@ -30,6 +30,7 @@ from powerd.errors import DeniedError, PowerdError, RequestError, UnavailableErr
 from powerd.log import log
 from powerd.node import alive
 from powerd.peer import peer_pidfd, unix_principal
+from powerd.routes import ROUTES
 from powerd.tcp import tcp_address, tls_context
 
 _VERSION = f"{API_VERSION[0]}.{API_VERSION[1]}"

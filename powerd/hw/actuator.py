@@ -116,7 +116,8 @@ class Actuator(Judge):
         with self._lock:
             if pair.wish is None or pair.yielded or pair.target is None:
                 raise pair.refused or DeviceError("nothing holds the SM clock of this GPU", hint="hold a lease on it")
-            self.plans.arm(order, link, self.capabilities, self._config.limits)
+            limits = self._config.limits
+        self.plans.arm(order, link, self.capabilities, limits)  # a long plan takes a while: beats of the present one go on
         self.changed()
 
     def _follow(self, now_ns: int) -> None:

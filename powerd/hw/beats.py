@@ -291,6 +291,7 @@ class Plans:
     def __init__(self, actuators: Mapping[str, Follows], clock: Clock, line: Tells, wake: Callable[[], None]) -> None:
         self._actuators, self._clock, self._line, self._wake = actuators, clock, line, wake
         self._reader = TableReader()
+        self._telling = threading.Lock()  # an older picture must not follow a newer one
         self._urgent = False
         self._told_ns = 0
         for actuator in actuators.values():
@@ -321,13 +322,14 @@ class Plans:
 
     def tell(self, now_ns: int, *, at_once: bool = False) -> None:
         """Say how the plans stand: a change of state soon, numbers that only grow once a second."""
-        pause_ns = 0 if at_once else _SOON_NS if self._urgent else _TELL_NS
-        if now_ns < self._told_ns + pause_ns or not any(a.plans.changed for a in self._actuators.values()):
-            return
-        self._urgent, self._told_ns = False, now_ns
-        rows, ended = [], []
-        for actuator in self._actuators.values():
-            standing, gone = actuator.plans.take_rows()
-            rows += standing
-            ended += gone
-        self._line.table(Kind.TABLE, Table.PLANS, {"rows": rows, "ended": ended})
+        with self._telling:
+            pause_ns = 0 if at_once else _SOON_NS if self._urgent else _TELL_NS
+            if now_ns < self._told_ns + pause_ns or not any(a.plans.changed for a in self._actuators.values()):
+                return
+            self._urgent, self._told_ns = False, now_ns
+            rows, ended = [], []
+            for actuator in self._actuators.values():
+                standing, gone = actuator.plans.take_rows()
+                rows += standing
+                ended += gone
+            self._line.table(Kind.TABLE, Table.PLANS, {"rows": rows, "ended": ended})

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from powerd.api import ROUTES
 from powerd.client import Client
 from powerd.errors import CODES, DeniedError, UnavailableError
+from powerd.routes import ROUTES
 from tests.e2e.daemon_rig import Rig, limit, pin, rig
 
 NOBODY = 65534

@@ -92,6 +92,17 @@ def test_a_lease_without_connection_or_without_an_sm_clock_want_has_no_plan(node
         assert node.http("POST", "/v1/leases/l0/plans", body(node)).code == 404
 
 
+def test_a_gpu_follows_the_plans_of_one_lease(node: LiveNode, lease: Lease) -> None:
+    with lease.arm(ClockPlan("p1", node.uuids[0], (1410, 900), 1005, 60.0)) as beats, Client(node.socket) as client:
+        beats.send(0, 0)
+        with client.lease(node.uuids[:1], sm_clock_mhz=(None, 1410), reason="another job") as other:
+            answer = node.http("POST", path(other), body(node, id="p2"), **token(other))
+            assert (answer.code, "p1 of lease" in answer.out) == (409, True)
+        assert beats.alive
+    with Client(node.socket) as client, client.lease(node.uuids[:1], sm_clock_mhz=(None, 1410)) as other:
+        other.arm(ClockPlan("p2", node.uuids[0], (900,), None, 60.0)).close()
+
+
 def test_giving_up_what_is_not_armed_says_so(node: LiveNode, lease: Lease) -> None:
     answer = node.http("DELETE", path(lease, "p9"), **token(lease))
     assert (answer.code, "no clock plan" in answer.out) == (404, True)
@@ -147,6 +158,7 @@ def test_when_control_is_taken_away_plans_go_too(node: LiveNode, lease: Lease) -
     wait_for("the GPU is free", lambda: node.node.show()["gpus"][0]["locked_clocks_mhz"] is None)
     node.write_config(node.config_text)
     node.reload()
+    wait_for("powerd-hw may set again too", lambda: node.client.node().control)
 
 
 def test_without_powerd_hw_a_plan_is_refused_and_afterwards_ended(node: LiveNode, lease: Lease) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -396,8 +395,6 @@ def test_a_worker_killed_while_a_plan_is_armed_or_followed_leaves_no_lock_behind
     serve = rig.serve("--exit-with-peer", kill_at=point)
     powerd = held(rig)
     beats = powerd.ask_for_plan(plan_for(rig))
-    with contextlib.suppress(OSError):
-        beats.send(1, 0)
     powerd.event("worker_died")
     rig.locked(SAFE)
     beats.send(2, 0)

@@ -13,17 +13,22 @@ import numpy as np
 from powerd.errors import RequestError
 from powerd_policies.perseus.problem import Ints, Plan, Problem
 from powerd_policies.perseus.relax import Network
-from powerd_policies.perseus.rounding import THOROUGH, Effort, fastest_times, to_clocks
+from powerd_policies.perseus.rounding import EFFORTS, QUICK, Effort, fastest_times, to_clocks
+from powerd_policies.perseus.switching import Switching, settle
 
 IN_TIME = 1e-9  # of the deadline: how far below the shortest time a deadline still means the shortest time
 
 
-def plan(problem: Problem, deadline_s: float) -> Plan:
-    """The plan of least energy that ends within the deadline.
+def plan(problem: Problem, deadline_s: float, switching: Switching | None = None) -> Plan:
+    """The plan of least energy that ends within the deadline; with ``switching``, also when clocks take time to change.
 
     RequestError when the deadline is below the shortest possible time (and says that time), or when the problem is malformed.
     """
-    return Planner(problem).plan(deadline_s)
+    planner = Planner(problem)
+    found = planner.plan(deadline_s)
+    if switching is None:
+        return found
+    return settle(found, switching, lambda sooner_s: planner.plan(sooner_s, QUICK) if sooner_s >= planner.shortest_s else None)
 
 
 def fastest(problem: Problem) -> Plan:
@@ -44,14 +49,14 @@ class Planner:
         self.cheapest_s = max(problem.dag.ends(self._times(self.cheapest)), default=0.0)
         self.network = Network(problem)
 
-    def plan(self, deadline_s: float, effort: Effort = THOROUGH) -> Plan:
+    def plan(self, deadline_s: float, efforts: tuple[Effort, ...] = EFFORTS) -> Plan:
         """See ``plan`` above."""
         deadline_s = self.checked(deadline_s)
         if deadline_s >= self.cheapest_s:
             at_rest = Plan(self.problem, self.cheapest, deadline_s, -math.inf)
             return Plan(self.problem, self.cheapest, deadline_s, at_rest.energy_j)
         relaxed = self.network.solve(deadline_s)
-        return Plan(self.problem, to_clocks(self.problem, relaxed, deadline_s, effort), deadline_s, relaxed.lower_bound_j)
+        return Plan(self.problem, to_clocks(self.problem, relaxed, deadline_s, efforts), deadline_s, relaxed.lower_bound_j)
 
     def checked(self, deadline_s: float) -> float:
         """The deadline, which is a possible one."""

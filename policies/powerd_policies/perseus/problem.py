@@ -143,6 +143,17 @@ class Problem:
         return self.blocking_power_w * self.dag.ranks * time_s
 
 
+@dataclass(frozen=True, slots=True)
+class Realised:
+    """What becomes of a plan when clocks take time to change."""
+
+    start_s: Floats  # of each node
+    times_s: Floats  # of each node
+    iteration_time_s: float
+    energy_j: float  # of all ranks, blocking until the plan's deadline included
+    switches: int  # clock changes of all ranks in one iteration, back to its first clock included
+
+
 @dataclass(frozen=True)
 class Plan:
     """One option per node: ``choice[n]`` is an index into the node's table."""
@@ -151,6 +162,7 @@ class Plan:
     choice: Ints
     deadline_s: float
     lower_bound_j: float  # no plan in time needs less (LP relaxation on the convex hull)
+    realised: Realised | None = None  # with the time that clock changes take, where that was asked for
 
     @cached_property
     def times_s(self) -> Floats:

@@ -7,7 +7,6 @@ that partial plans can be compared while they are built; a plan that would be la
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,35 @@ from powerd_policies.perseus.relax import Relaxed
 from powerd_policies.perseus.search import IN_TIME, Search
 
 TOLERANCE = 1e-12  # of the deadline: float error of a longest path
-OPTIONS = 6  # per node, by reduced cost
-WIDTH = 64  # partial plans kept
-EAGER = (0.1, 0.3, 1.0)
+ENOUGH = 1e-4  # of the lower bound: closer to it nobody will notice
+OPTIONS = 8  # per node, by reduced cost
 EXACT_WIDTH = 20_000  # partial plans kept when all of them are wanted
 EXACT_NODES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to look; by counts, never by a clock, so that the same problem always gets the same plan."""
+
+    nodes: int  # for pipelines of up to so many instructions
+    eager: tuple[float, ...]  # one search by partial plans for each
+    width: int  # partial plans kept
+    turns: int  # along chains
+    windows: tuple[int, ...]  # sizes in instructions, one pass each ...
+    target: float  # ... but none within this share of the lower bound
+
+
+#: What a plan is worth: the more instructions, the less can be spent on each.
+EFFORTS = (
+    Effort(256, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 128, (24, 40, 40), 0.001),
+    Effort(400, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 40, (24,), 0.00145),
+    Effort(600, (0.2, 1.0), 256, 8, (24, 40), 0.009),
+    Effort(1600, (0.05, 0.2, 0.5, 0.7, 1.0), 256, 40, (24, 40), 0.0068),
+    Effort(4000, (0.2, 1.0), 64, 8, (24,), 0.0096),
+    Effort(2**62, (0.2, 1.0), 64, 2, (24,), 0.0096),
+)
+#: One of many plans, as for a frontier.
+QUICK = (Effort(2000, (0.2, 1.0), 64, 8, (), 1.0), Effort(2**62, (1.0,), 64, 2, (), 1.0))
 
 
 @dataclass(frozen=True)
@@ -144,8 +167,9 @@ def beam(
     return Found(choice, float(above[best]), complete)
 
 
-def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, effort: Effort) -> Ints:
+def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, efforts: tuple[Effort, ...] = EFFORTS) -> Ints:
     """An option of every node, in time; exact when there are few nodes."""
+    effort = next(effort for effort in efforts if len(problem.table) <= effort.nodes)
     blocking_j = problem.blocking_j(deadline_s)
     counts = np.array([len(column) for column in problem.columns.times_s])
     first = np.cumsum([0, *counts[:-1]])[problem.table]
@@ -159,8 +183,8 @@ def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, effort: Eff
     quickest = np.array([column.argmin() for column in problem.columns.times_s])[problem.table]
     found = [quickest, round_down(problem, relaxed)]
     options = candidates(problem, relaxed, OPTIONS)
-    for eager in EAGER:
-        if (plan := beam(problem, relaxed, deadline_s, options, WIDTH, eager)) is not None:
+    for eager in effort.eager:
+        if (plan := beam(problem, relaxed, deadline_s, options, effort.width, eager)) is not None:
             found.append(plan.choice)
     best = min(found, key=energy_j)
     if len(best) <= EXACT_NODES:
@@ -175,29 +199,13 @@ def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, effort: Eff
     usable = [np.union1d(row, [chosen]) for row, chosen in zip(options.options, best.tolist(), strict=True)]
     search = Search(problem, usable, best, deadline_s)
 
-    def within(share: float) -> Callable[[float], bool]:
-        return lambda effective_j: effective_j + blocking_j <= relaxed.lower_bound_j * (1 + share)
+    def enough(effective_j: float) -> bool:
+        return effective_j + blocking_j <= relaxed.lower_bound_j * (1 + min(effort.target, ENOUGH))
 
-    turns = max(effort.least_turns, effort.chain_nodes // len(best))
-    search.chains(turns, max(8, turns // 4), within(effort.enough))
-    small = len(best) <= effort.window_nodes
-    if small or not within(effort.poor)(search.energy_j):
-        target = within(effort.enough if small else effort.poor)
-        search.windows(24, 1, target)
-        search.windows(40, 2, target)
+    def acceptable(effective_j: float) -> bool:
+        return effective_j + blocking_j <= relaxed.lower_bound_j * (1 + effort.target)
+
+    search.chains(effort.turns, enough)
+    for size in effort.windows:
+        search.windows(size, acceptable)
     return search.result
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How long to look; by counts, never by a clock, so that the same problem always gets the same plan."""
-
-    chain_nodes: int  # instructions visited along chains
-    least_turns: int
-    window_nodes: int  # pipelines up to this many instructions are searched in windows as well
-    enough: float  # stop when within this share of the lower bound
-    poor: float  # longer pipelines are searched in windows only when further than this from it
-
-
-THOROUGH = Effort(12_000, 2, 256, 1e-6, 0.0095)
-QUICK = Effort(6_000, 1, 0, 1e-6, 0.02)

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from powerd_policies.perseus.problem import Dag, Floats, Ints, Problem
+from powerd_policies.perseus.problem import Dag, Ints, Problem
 
 IN_TIME = 1e-10  # of the deadline: float error that is not lateness
 LABELS = 48  # partial plans kept per chain
-WINDOW_STEPS = 1e4  # a window's length in the integer program's unit of time, which keeps its tolerances far below it
-WINDOW_NODES = 300  # branch-and-bound nodes per window
+ROUND = 8  # turns
+WORTHWHILE = 5e-5  # of the energy, per round
+WINDOW_STEPS = 100.0  # a window's length in the integer program's unit of time, which keeps its tolerances far below it
+WINDOW_NODES = 60  # branch-and-bound nodes per window
 
 
 class Search:
@@ -64,15 +66,19 @@ class Search:
         self.choice, self.energy_j = choice, energy
         return better
 
-    def chains(self, most: int, patience: int, enough: Callable[[float], bool]) -> None:
-        """Improve along ranks and along microbatches in turn, until ``patience`` turns in a row found nothing."""
-        idle = 0
+    def chains(self, most: int, enough: Callable[[float], bool]) -> None:
+        """Improve along ranks and along microbatches in turn, until a round of turns gains next to nothing."""
+        before = self.energy_j
         for turn in range(most):
             chains, across = self.covers[turn % 2]
-            found = self._along(chains, across)
-            idle = 0 if found is not None and self._accept(found) else idle + 1
-            if idle >= patience or enough(self.energy_j):
+            if (found := self._along(chains, across)) is not None:
+                self._accept(found)
+            if enough(self.energy_j):
                 return
+            if turn % ROUND == ROUND - 1:
+                if before - self.energy_j < WORTHWHILE * abs(before):
+                    return
+                before = self.energy_j
 
     def _along(self, chains: Ints, across: Ints) -> Ints | None:
         """Every chain's best options while each edge between chains hands over at one fixed moment."""
@@ -130,19 +136,15 @@ class Search:
         share = float(self.random.random())
         return float(round(share)) if self.random.random() < whole else share
 
-    def windows(self, size: int, rounds: int, enough: Callable[[float], bool]) -> None:
+    def windows(self, size: int, enough: Callable[[float], bool]) -> None:
         """Improve ``size`` instructions that start one after the other, in overlapping windows from start to end."""
-        for _ in range(rounds):
-            before = self.energy_j
-            for first in range(0, max(1, len(self.every) - size // 2), max(1, size // 2)):
-                start = self.problem.dag.schedule(self.times[self.every, self.choice])[0]
-                order = np.lexsort((self.every, start))
-                if (found := self._window(order[first : first + size])) is not None:
-                    self._accept(found)
-                if enough(self.energy_j):
-                    return
-            if not self.energy_j < before - 1e-6 * abs(before):
+        for first in range(0, max(1, len(self.every) - size // 2), size // 2):
+            if enough(self.energy_j):
                 return
+            start = self.problem.dag.schedule(self.times[self.every, self.choice])[0]
+            order = np.lexsort((self.every, start))
+            if (found := self._window(order[first : first + size])) is not None:
+                self._accept(found)
 
     def _window(self, free: Ints) -> Ints | None:
         """The best options of these nodes while all others keep theirs: nothing outside lies between two of them."""
@@ -192,7 +194,7 @@ class Search:
                 np.concatenate([(due - origin) * unit, usable.ravel().astype(float)]),
             ),
             constraints=[LinearConstraint(later, floor, np.inf), LinearConstraint(one, 1, 1)],
-            options={"node_limit": WINDOW_NODES, "mip_rel_gap": 1e-4, "presolve": True},
+            options={"node_limit": WINDOW_NODES, "mip_rel_gap": 1e-2, "presolve": False},
         )
         if found.x is None:
             return None

@@ -128,8 +128,7 @@ class Errands:
         if self._planner is None:
             profile, options, key = self._agreement.profile, self._options, self._agreement.key
             watts = options.blocking_power_w or profile.blocking_power_w or 0.0
-            here = planning.can_plan_here() if options.plan_locally is None else options.plan_locally
-            about = (watts, options.slowdown, f"perseus-{key[:8]}", self.gpu.client, here)
+            about = (watts, options, f"perseus-{key[:8]}", self.gpu.client)
             self._planner = planning.planning(self._agreement.orders, profile.rows, *about)
         return self._planner.plan(request)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from powerd.client import Client, Lease, Span
+from powerd.client.background import start
 from powerd.model import Control
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Keeper:
         self._acks: deque[threading.Event] = deque()
         self._wake = threading.Event()
         self._stop = False
-        self._thread: threading.Thread | None = None
+        self._begun = False
+        self._ended = threading.Event()
         self._lease: Lease | None = None
         self._set_mhz: int | None = None
         self._set: deque[tuple[int, int | None]] = deque(maxlen=256)  # (since, clock): what was set when
@@ -75,9 +77,9 @@ class Keeper:
 
     def start(self) -> None:
         """Begin; once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="powerd-steps", daemon=True)
-            self._thread.start()
+        if not self._begun:
+            self._begun = True
+            start(self._run, "powerd-steps")
 
     def note(self, action: Callable[[], None], after_ns: int) -> None:
         """Leave something to do once that moment's samples are in; returns at once."""
@@ -106,15 +108,15 @@ class Keeper:
         done = threading.Event()
         self._acks.append(done)
         self._wake.set()
-        if self._thread is not None and self._thread.is_alive():
+        if self._begun and not self._ended.is_set():
             done.wait(wait_s)
 
     def close(self, wait_s: float = 5.0) -> None:
         """Do what is left, give the clock back and end the thread."""
         self._stop = True
         self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(wait_s)
+        if self._begun:
+            self._ended.wait(wait_s)
 
     # -- the thread ------------------------------------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class Keeper:
         finally:
             with contextlib.suppress(Exception):
                 self._follow(None)
+            self._ended.set()
 
     @contextlib.contextmanager
     def _quietly(self, what: str) -> Iterator[None]:
@@ -190,8 +193,8 @@ class Keeper:
         return min(c for c in self.clocks_mhz if 3 * c >= self.clocks_mhz[-1])
 
     def _gpu_idles(self, now_ns: int) -> bool:
-        """Whether the GPUs do nothing, asked once a second: an evaluation that nobody announced is work too."""
-        if now_ns - self._look_ns < _NS:
+        """Whether the GPUs do nothing, asked twice a second: an evaluation that nobody announced is work too."""
+        if now_ns - self._look_ns < _NS // 2:
             return self.lowered
         self._look_ns = now_ns
         rows = [r for r in self._client.snapshot().readings if r.uuid in self.uuids]
@@ -269,12 +272,12 @@ class Keeper:
 def without(begin_ns: int, end_ns: int, apart: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """What is left of begin..end when these stretches (in order) are cut out."""
     left, at = [], begin_ns
-    for start, stop in apart:
-        if stop <= at or start >= end_ns:
+    for first, last in apart:
+        if last <= at or first >= end_ns:
             continue
-        if start > at:
-            left.append((at, start))
-        at = max(at, stop)
+        if first > at:
+            left.append((at, first))
+        at = max(at, last)
     if at < end_ns:
         left.append((at, end_ns))
     return left

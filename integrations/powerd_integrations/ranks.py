@@ -13,7 +13,8 @@ from typing import Any
 
 from powerd_integrations.tuner import Exchange
 
-PATIENCE_S = 120.0
+MEETING_S = 60.0  # a rank that does not come is one without powerd: training goes on without it everywhere
+PATIENCE_S = 1800.0  # later on a rank may well be busy with something that the others wait for anyhow
 
 
 def exchange_of_torch() -> Exchange | None:
@@ -25,7 +26,8 @@ def exchange_of_torch() -> Exchange | None:
 
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
-    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=PATIENCE_S))
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=MEETING_S))
+    _be_patient(dist, group)
 
     def exchange(mine: list[float]) -> Sequence[Sequence[float]]:
         told = torch.tensor(mine, dtype=torch.float64)
@@ -34,3 +36,10 @@ def exchange_of_torch() -> Exchange | None:
         return [row.tolist() for row in heard]
 
     return exchange
+
+
+def _be_patient(dist: Any, group: Any) -> None:
+    try:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=PATIENCE_S), group)
+    except Exception:  # another torch: the shorter patience stays
+        return

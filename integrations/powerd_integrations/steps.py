@@ -98,7 +98,7 @@ class Steps:
         self._apart_since: tuple[str, int] | None = None
         self._lock = threading.Lock()
         self._at_close: list[Callable[[], object]] = []
-        self._number = -1
+        self._number: int | None = None
         self.steps = 0  # begun
         self.measured_steps = 0
         self.measured_s = 0.0
@@ -152,9 +152,9 @@ class Steps:
             self._keeper.end_idle()
         self._keeper.note_life(now_ns)
         self.steps += 1
-        if number is not None and number != self._number + 1:
-            self._report.restore(number - 1)
-        self._number = self._number + 1 if number is None else number
+        if number is not None and (self._number is None or number <= self._number):
+            self._report.restore(number - 1)  # a start, or back to a checkpoint: later steps were for nothing
+        self._number = number if number is not None else (-1 if self._number is None else self._number) + 1
         if self.steps == self._next_talk:
             self._talk()
         self._advance(now_ns)
@@ -287,7 +287,7 @@ class Steps:
     def _advance(self, now_ns: int) -> None:
         tuner, search = self._tuner, self._tuner.search
         before = search.state
-        block = tuner.begin_step(now_ns, self._number)
+        block = tuner.begin_step(now_ns, self._number or 0)
         if block is not None:
             self._leave(block, searching=before is SearchState.SEARCHING)
         if self.searching_among:

@@ -44,7 +44,7 @@ def run_job(live: LiveNode, name: str, *words: str, ranks: int = 1, env: Mapping
 
 
 def _said(out: str) -> list[dict[str, Any]]:
-    lines: Sequence[str] = [line for line in out.splitlines() if line.startswith("{")]
+    lines: Sequence[str] = [line for line in out.splitlines() if line.startswith('{"')]
     assert lines, f"the job said nothing: {out[-2000:]}"
     return [dict(json.loads(line)) for line in lines]
 

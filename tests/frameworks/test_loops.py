@@ -36,6 +36,13 @@ def test_without_a_daemon_training_goes_on_after_one_warning(live: LiveNode) -> 
     assert "Traceback" not in said["stderr"]
 
 
+def test_a_rank_without_powerd_makes_the_others_go_on_without_it(live: LiveNode) -> None:
+    with_it, without_it = run_job(live, "lonely_job", ranks=2)
+    assert with_it["made"] == without_it["made"] == 20
+    assert with_it["clock_mhz"] is None
+    assert with_it["stderr"].count("goes on without it") == 1
+
+
 def test_ranks_share_one_clock(live: LiveNode) -> None:
     both = run_job(live, "ddp_job", ranks=2)
     for said in [row for rank in both for row in (rank, *rank["before"])]:

@@ -113,6 +113,7 @@ class FakeClient:
         self.beats: list[FakeBeats] = []
         self.warned: list[str] = []
         self.released = 0
+        self.refuses = False  # plans are not armed
         self.deaf = 0  # so many questions for energy are not answered
         self.lease_now: SimpleNamespace | None = None
 
@@ -149,7 +150,7 @@ class FakeClient:
         return ()
 
     def _arm(self, plan: ClockPlan) -> FakeBeats:
-        self.beats.append(FakeBeats(plan, gpu=self.gpu))
+        self.beats.append(FakeBeats(plan, gpu=self.gpu, alive=not self.refuses))
         return self.beats[-1]
 
     def _release(self) -> None:

@@ -212,7 +212,7 @@ def test_a_stage_under_a_ceiling_is_planned_with_its_top_clock_at_the_ceilings_t
 def test_deadlines_follow_the_slowest_other_pipeline(here: bool) -> None:
     order = tuple(keys(rank) for rank in schedules.order("1f1b", 2, 4))
     rows = [row for mhz in CLOCKS for row in sheet(mhz).rows]
-    planner = planning((order, order), rows, BLOCKING_W, 0.0, "p", _Daemon(), here)  # type: ignore[arg-type]
+    planner = planning((order, order), rows, BLOCKING_W, Options(plan_locally=here), "p", _Daemon())  # type: ignore[arg-type]
     usual, other = planner.plan(MakePlan(({}, {}), {}))
     assert usual == other
     assert usual["iteration_s"] <= usual["baseline_s"] * (1 + 1e-9)
@@ -231,7 +231,7 @@ def test_deadlines_follow_the_slowest_other_pipeline(here: bool) -> None:
 def test_a_pipeline_with_fewer_microbatches_takes_the_time_of_the_longer_one() -> None:
     orders = tuple(tuple(keys(rank) for rank in schedules.order("1f1b", 2, m)) for m in (4, 6))
     rows = [row for mhz in CLOCKS for row in sheet(mhz).rows]
-    short, long = planning(orders, rows, BLOCKING_W, 0.0, "p", _Daemon(), True).plan(MakePlan(({}, {}), {}))  # type: ignore[arg-type]
+    short, long = planning(orders, rows, BLOCKING_W, Options(), "p", _Daemon()).plan(MakePlan(({}, {}), {}))  # type: ignore[arg-type]
     assert short["deadline_s"] == long["deadline_s"] == pytest.approx(long["baseline_s"])
     assert short["iteration_s"] > short["baseline_s"] * 1.05
     assert [len(plan["clocks"][0]) for plan in (short, long)] == [8, 12]
@@ -246,17 +246,18 @@ class _Daemon:
         content = json.loads(json.dumps(job))
         rows = document.rows_of(content.pop("profile_rows"))
         deadline = content.pop("deadline")
-        problem = document.parse(content).problem(rows)
+        parsed = document.parse(content)
+        problem = parsed.problem(rows)
         baseline = baselines.max_clock(problem)
         fastest_s = planner.fastest(problem).iteration_time_s
         deadline_s = document.deadline_s(deadline, baseline.iteration_time_s, fastest_s)
-        return json.loads(json.dumps(document.to_json(planner.plan(problem, deadline_s), baseline)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(document.to_json(planner.plan(problem, deadline_s, parsed.switching), baseline)))  # type: ignore[no-any-return]
 
 
 def test_a_daemon_that_makes_no_plan_is_an_error_that_says_so() -> None:
     order = tuple(keys(rank) for rank in schedules.order("1f1b", 2, 2))
     with pytest.raises(Exception, match="the daemon made no plan"):
-        AtDaemon([], order, 80.0, SimpleNamespace(perseus_plan=lambda job: {})).at(None)  # type: ignore[arg-type]
+        AtDaemon([], order, 80.0, {}, SimpleNamespace(perseus_plan=lambda job: {})).at(None)  # type: ignore[arg-type]
 
 
 def test_waiting_for_gradients_inside_the_last_backward_is_no_work() -> None:

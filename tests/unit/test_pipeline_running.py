@@ -130,6 +130,19 @@ def test_a_lost_lease_while_running_is_acquired_and_armed_again(tmp_path: Path) 
     assert job.ranks[1].conductor.plan is not None
 
 
+def test_a_plan_that_the_daemon_refuses_is_offered_ever_less_often_and_taken_when_it_may(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    client = job.ranks[1].client
+    client.refuses = True
+    job.until("running")
+    job.steps(80)
+    assert 4 <= len(client.beats) <= 12  # of forty exchanges
+    client.refuses = False
+    job.steps(80)
+    assert client.beats[-1].alive
+    assert client.beats[-1].sent
+
+
 def test_a_restart_knows_what_was_measured_and_plans_at_once(tmp_path: Path) -> None:
     first = Job(tmp_path)
     first.until("profiling")

@@ -358,11 +358,11 @@ class Conductor:
 
     def _mend(self) -> None:
         """A lease or a beat socket that was lost is asked for again, while training goes on at the daemon's own setting."""
-        alive = self._beats is not None and self._beats.alive
-        if self.plan is None or self._errands.arming or (self._errands.ready and alive):
+        if self.plan is None or self._errands.arming or (self._errands.ready and self._beats is not None and self._beats.alive):
             return
         if self._errands.ready:
-            self._follow(self.plan)
+            if self._errands.arm_rest.over:
+                self._follow(self.plan)
         else:
             self._beats, self._send = None, _nobody
             self._errands.prepare()

@@ -30,6 +30,24 @@ PREPARE_S = 2.0  # a lease that takes longer is waited for by training on
 RESULT_S = 30.0  # how long a step end waits at most for what the worker was asked a step ago
 
 
+class Rest:
+    """How long something that keeps failing is left alone: not at first, then ever longer, counted in times asked for."""
+
+    def __init__(self) -> None:
+        self._failed = self._left = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether it may be tried now."""
+        self._left -= 1
+        return self._left < 0
+
+    def note(self, well: bool) -> None:
+        """How the last try went."""
+        self._failed = 0 if well else self._failed + 1
+        self._left = min(64, 4 * max(0, self._failed - 3))
+
+
 class Errands:
     """One rank's dealings with its daemon."""
 
@@ -39,6 +57,7 @@ class Errands:
         self._options, self._place, self._agreement = options, place, agreement
         self._planner: planning.Planner | None = None
         self._preparing: Future[bool] | None = None
+        self._lease_rest, self.arm_rest = Rest(), Rest()
         self._sheet: Future[Sheet | None] | None = None
         self._plans: Future[list[dict[str, Any]]] | None = None
         self._beats: Future[Beats | None] | None = None
@@ -54,10 +73,17 @@ class Errands:
         """Ask for the lease if there is none; ``patiently`` gives it a moment."""
         if self.gpu.ready:
             return
-        if self._preparing is None or self._preparing.done():
-            self._preparing = self.worker.submit(self.gpu.prepare)
-        if patiently:
+        if (self._preparing is None or self._preparing.done()) and self._lease_rest.over:
+            self._preparing = self.worker.submit(self._prepare)
+        if patiently and self._preparing is not None:
             wait([self._preparing], PREPARE_S)
+
+    def _prepare(self) -> bool:
+        try:
+            self.gpu.prepare()
+        finally:
+            self._lease_rest.note(self.gpu.ready)
+        return self.gpu.ready
 
     def set_clock(self, mhz: int | None) -> None:
         """Pin the clock; None: as fast as it can."""
@@ -102,8 +128,7 @@ class Errands:
         if self._planner is None:
             profile, options, key = self._agreement.profile, self._options, self._agreement.key
             watts = options.blocking_power_w or profile.blocking_power_w or 0.0
-            here = planning.can_plan_here() if options.plan_locally is None else options.plan_locally
-            about = (watts, options.slowdown, f"perseus-{key[:8]}", self.gpu.client, here)
+            about = (watts, options, f"perseus-{key[:8]}", self.gpu.client)
             self._planner = planning.planning(self._agreement.orders, profile.rows, *about)
         return self._planner.plan(request)
 
@@ -131,7 +156,9 @@ class Errands:
     def beats(self) -> Beats | None:
         """The beats of the plan that has arrived; None when it could not be armed."""
         asked, self._beats = self._beats, None
-        return None if asked is None or asked.exception() is not None else asked.result()
+        beats = None if asked is None or asked.exception() is not None else asked.result()
+        self.arm_rest.note(beats is not None)
+        return beats
 
     def observe(self, ran: Ran, clocks_mhz: Sequence[int | None], slow: bool) -> dict[int, Observed]:
         """What the daemon saw of this rank's stages lately; ``slow`` asks it about this iteration."""

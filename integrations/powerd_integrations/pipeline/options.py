@@ -37,6 +37,8 @@ class Options:
     patience: int = 3  # for so many exchanges in a row
     exchange_steps: int = 2  # ranks exchange their times every so many steps
     blocking_power_w: float | None = None  # None: measured
+    switch_latency_s: float = 0.006  # from a beat to its clock; the driver changes one GPU's clock of a node at a time
+    ranks_per_node: int = 8
     safe_clock_mhz: int | None = None  # holds when the plan does not; None: the highest
     job: str = "training"
     report: bool = True  # tell the daemon of every step, for powerctl jobs and the store
@@ -49,6 +51,7 @@ class Options:
             ("slowdown", 0.0, 10.0), ("iterations_per_clock", 1, 1000), ("settle_iterations", 1, 1000),
             ("clock_stride", 1, 1000), ("rises", 1, 1000), ("tolerance", 0.001, 1.0), ("patience", 1, 1000),
             ("exchange_steps", 1, 100000), ("first_step", 0, 1 << 60),
+            ("switch_latency_s", 0.0, 10.0), ("ranks_per_node", 1, 1024),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:

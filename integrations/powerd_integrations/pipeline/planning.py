@@ -17,10 +17,13 @@ from powerd.client import Client
 from powerd.errors import UnavailableError
 from powerd_integrations.pipeline.agreement import MakePlan
 from powerd_integrations.pipeline.measured import Row
+from powerd_integrations.pipeline.options import Options
 from powerd_integrations.pipeline.pace import NORMAL, Slow
 from powerd_integrations.pipeline.recorded import RankOrder
 
 Plans = list[dict[str, Any]]
+#: What changing a clock costs, by the names of powerd_policies.perseus.switching.Switching.
+Switching = dict[str, Any]
 
 
 def can_plan_here() -> bool:
@@ -134,10 +137,11 @@ class Planning:
 def in_order(out: Mapping[str, Any], order: Sequence[RankOrder]) -> dict[str, Any]:
     """A plan as ranks need it: the clocks of every rank in the order in which it runs, and the figures worth telling."""
     clocks = {(c["stage"], c["instruction"], c["microbatch"]): c["mhz"] for c in out["clocks"]}
+    real = out.get("switching") or out  # what the plan becomes when clocks take time to change
     return {
         "deadline_s": float(out["deadline_s"]),
-        "iteration_s": float(out["iteration_time_s"]),
-        "energy_j": float(out["energy_j"]),
+        "iteration_s": float(real["iteration_time_s"]),
+        "energy_j": float(real["energy_j"]),
         "lower_bound_j": float(out["lower_bound_j"]),
         "baseline_s": float(out["baseline"]["iteration_time_s"]),
         "baseline_j": float(out["baseline"]["energy_j"]),
@@ -148,14 +152,16 @@ def in_order(out: Mapping[str, Any], order: Sequence[RankOrder]) -> dict[str, An
 class Here:
     """Solved in this process; needs powerd[plan]."""
 
-    def __init__(self, rows: Sequence[Row], order: Sequence[RankOrder], blocking_power_w: float) -> None:
+    def __init__(self, rows: Sequence[Row], order: Sequence[RankOrder], blocking_power_w: float, switching: Switching) -> None:
         from powerd_policies.perseus import baselines, dag, profile
+        from powerd_policies.perseus import switching as changes
         from powerd_policies.perseus.problem import Instruction
 
         graph = dag.build([[Instruction(*key) for key in rank] for rank in order])
         options = profile.options([profile.Row(r.stage, r.kind, r.mhz, r.time_s, r.energy_j) for r in rows], blocking_power_w)
         self._problem = dag.problem(graph, options, blocking_power_w)
         self._baseline = baselines.max_clock(self._problem)
+        self._switching = changes.Switching(**switching)
 
     def fastest_s(self) -> float:
         from powerd_policies.perseus import planner
@@ -166,18 +172,21 @@ class Here:
         from powerd_policies.perseus import document, planner
 
         wanted_s = self._baseline.iteration_time_s if deadline_s is None else deadline_s
-        return document.to_json(planner.plan(self._problem, wanted_s), self._baseline)
+        return document.to_json(planner.plan(self._problem, wanted_s, self._switching), self._baseline)
 
 
 class AtDaemon:
     """Solved by this node's daemon, which has the solver."""
 
-    def __init__(self, rows: Sequence[Row], order: Sequence[RankOrder], blocking_power_w: float, client: Client) -> None:
+    def __init__(
+        self, rows: Sequence[Row], order: Sequence[RankOrder], blocking_power_w: float, switching: Switching, client: Client
+    ) -> None:
         self._client = client
         self._job = {
             "order": [[list(key) for key in rank] for rank in order],
             "profile_rows": [list(row) for row in rows],
             "blocking_power_w": blocking_power_w,
+            "switching": dict(switching),
         }
 
     def _ask(self, deadline: str) -> dict[str, Any]:
@@ -196,13 +205,15 @@ class AtDaemon:
 
 
 def planning(
-    orders: Sequence[Order], rows: Sequence[Row], blocking_power_w: float, slowdown: float, name: str, client: Client, here: bool
+    orders: Sequence[Order], rows: Sequence[Row], blocking_power_w: float, options: Options, name: str, client: Client
 ) -> Planner:
     """The planner of a job, from the order of each pipeline; ``name`` begins the ids of its plans."""
+    here = can_plan_here() if options.plan_locally is None else options.plan_locally
+    switching = {"latency_s": options.switch_latency_s, "ranks_per_node": options.ranks_per_node}
 
     def solver(order: Order, as_they_are: Sequence[Row]) -> Solver:
         if here:
-            return Here(as_they_are, order, blocking_power_w)
-        return AtDaemon(as_they_are, order, blocking_power_w, client)
+            return Here(as_they_are, order, blocking_power_w, switching)
+        return AtDaemon(as_they_are, order, blocking_power_w, switching, client)
 
-    return Planning(orders, rows, slowdown, name, solver)
+    return Planning(orders, rows, options.slowdown, name, solver)

@@ -74,7 +74,8 @@ class _Pipeline:
         """Time and energy of an instruction at a clock, between the options measured next to it where it has none."""
         key = (table, mhz)
         if key not in self.at_clock:
-            rows = sorted((o.mhz, o.time_s, o.energy_j) for o in self.problem.tables[table] if o.mhz is not None)
+            measured = (self.problem.measured or self.problem.tables)[table]
+            rows = sorted((o.mhz, o.time_s, o.energy_j) for o in measured if o.mhz is not None)
             known, times, energies = (np.array(column, float) for column in zip(*rows, strict=True))
             self.at_clock[key] = (float(np.interp(mhz, known, times)), float(np.interp(mhz, known, energies)))
         return self.at_clock[key]

@@ -2,30 +2,33 @@
 
 House rules: pure; the events of the network are the starts and ends of instructions, those that must coincide made one; an
 instruction is one arc per hull corner, with the corner's time as length and the change of slope there as capacity, so that the
-flow through it is the price of its time in watts. Lengths are rounded up to the integers that the solver wants; the lower bound is computed from the flow with the real times and energies, which makes it one for
-any flow that is conserved (weak duality), whatever was rounded.
+flow through it is the price of its time in watts. Lengths are rounded up to the integers that the solver wants; the lower bound
+is computed from the flow with the real times and energies, which makes it one for any flow that is conserved (weak duality).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import linprog
+from scipy.optimize import linprog  # type: ignore[attr-defined]
 
 from powerd.errors import PowerdError
 from powerd_policies.perseus.problem import Dag, Floats, Ints, Problem
 
+min_cost_flow: Any
 try:
     from ortools.graph.python import min_cost_flow
 except ImportError:  # slower, the same optimum: see highs()
     min_cost_flow = None
 
-TIME_STEPS = 2**25  # of the deadline
-SLOPE_STEPS = 2**21  # of the steepest hull
-UNLIMITED = 2**40  # capacity of what cannot be made faster
+# Fine enough to lose less than a millionth of the energy; finer ones cost the solver time.
+TIME_STEPS = 2**23  # of the deadline
+SLOPE_STEPS = 2**14  # of the steepest hull
+UNLIMITED = 2**26  # capacity of what cannot be made faster
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,16 @@ class Network:
         gap_flow = flow[arcs : arcs + gaps]
         moment = self._moments(shortest, np.where(through > 0, longest, -1), gap_flow, total if flow[-1] else 0)
         units = np.clip(moment[self.end] - moment[self.start], shortest, longest)
-        times = units * unit_s
+        times: Floats = units * unit_s
         exact = fits & (length == units[node])
         times[node[exact]] = time[exact]  # at a corner: its own time, not the rounded one
-        return self._relaxed(times, through * unit_w, gap_flow * unit_w, float(flow[-1]) * unit_w, deadline_s)
+        return self._relaxed(
+            times,
+            np.asarray(through * unit_w, np.float64),
+            np.asarray(gap_flow * unit_w, np.float64),
+            float(flow[-1]) * unit_w,
+            deadline_s,
+        )
 
     def _moments(self, shortest: Ints, longest: Ints, gap_flow: Ints, total: int) -> Ints:
         """Earliest moments of the events in an optimum: the solver's potentials, which its interface does not give.
@@ -201,9 +210,9 @@ class Network:
         high = np.concatenate([np.full(events, deadline_s * (1 + 1e-12)), slowest, most])
         low[self.source] = high[self.source] = 0.0
         cost = np.concatenate([np.zeros(events + nodes), -np.ones(nodes)])
-        found = linprog(
+        found = linprog(  # type: ignore[no-untyped-call]
             cost,
-            A_ub=sparse.csr_matrix((a, (i, j)), (count, len(cost))),
+            A_ub=sparse.csr_matrix((a, (i, j)), (count, len(cost))),  # type: ignore[no-untyped-call]
             b_ub=np.concatenate(limit),
             bounds=np.stack([low, high], axis=1),
             method="highs",

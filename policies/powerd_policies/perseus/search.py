@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[attr-defined]
 
 from powerd_policies.perseus.problem import Dag, Ints, Problem
 
@@ -181,19 +181,19 @@ class Search:
         value = np.concatenate(
             [np.ones(len(edges)), -np.ones(len(edges)), -length[edges[:, 0]].ravel(), -np.ones(size), -length.ravel()]
         )
-        later = sparse.csr_array((value, (row, col)), (len(edges) + size, size * (width + 1)))
-        one = sparse.csr_array(
+        later = sparse.csr_array((value, (row, col)), (len(edges) + size, size * (width + 1)))  # type: ignore[no-untyped-call]
+        one = sparse.csr_array(  # type: ignore[no-untyped-call]
             (np.ones(size * width), (np.repeat(np.arange(size), width), column.ravel())), (size, size * (width + 1))
         )
         floor = np.concatenate([np.zeros(len(edges)), -(due - origin) * unit])
-        found = milp(
+        found = milp(  # type: ignore[no-untyped-call]
             np.concatenate([np.zeros(size), cost.ravel()]),
             integrality=np.concatenate([np.zeros(size), np.ones(size * width)]),
-            bounds=Bounds(
+            bounds=Bounds(  # type: ignore[no-untyped-call]
                 np.concatenate([(release - origin) * unit, np.zeros(size * width)]),
                 np.concatenate([(due - origin) * unit, usable.ravel().astype(float)]),
             ),
-            constraints=[LinearConstraint(later, floor, np.inf), LinearConstraint(one, 1, 1)],
+            constraints=[LinearConstraint(later, floor, np.inf), LinearConstraint(one, 1, 1)],  # type: ignore[no-untyped-call]
             options={"node_limit": WINDOW_NODES, "mip_rel_gap": 1e-2, "presolve": False},
         )
         if found.x is None:

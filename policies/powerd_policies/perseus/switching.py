@@ -162,7 +162,8 @@ def settle(plan: Plan, switching: Switching, tighter: Callable[[float], Plan | N
     plans = [plan]
     if late_s > LATE * plan.deadline_s and tighter is not None:
         plans += [found for share in TIGHTER if (found := tighter(plan.deadline_s - share * late_s)) is not None]
-    for choice, origin in [(choice, source.choice) for source in plans for choice in _starts(source, pipeline)]:
+    for start, origin in [(start, source.choice) for source in plans for start in _starts(source, pipeline)]:
+        choice = start
         for _ in range(ROUNDS):
             realised = pipeline.run(choice, plan.deadline_s)
             soonest = min(soonest, realised.iteration_time_s)

@@ -15,6 +15,7 @@ import psutil
 from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
+from benchmarks.clock_search import search_clocks
 from benchmarks.daemon import Client, running
 from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
@@ -299,6 +300,7 @@ CASES = {
     "sinks": sinks,
     "energy": energy,
     "spans": spans,
+    "search": search_clocks,
     "beats": beats,
     "instructions": instructions,
 }

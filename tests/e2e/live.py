@@ -172,7 +172,7 @@ token_file = "{self.token_file}"
             cwd=self.root,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=120,
             input=stdin or "",
         )
         return Answer(done.returncode, done.stdout, done.stderr)

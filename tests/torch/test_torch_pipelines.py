@@ -57,7 +57,7 @@ def test_every_rank_profiles_plans_and_follows_its_plan(ranks: list[dict[str, An
         assert own["plan"] is not None
         assert len(own["plan"]["clocks"][own["rank"]]) == len(own["recorded"][own["rank"]])
         assert [armed["state"] for armed in own["armed"]] == ["running"], own["armed"]
-        assert own["armed"][0]["step"] > 3
+        assert own["armed"][0]["step"] >= 2
     assert len({own["plan"]["id"] for own in said}) == 1
     assert said[0]["plan"]["energy_j"] < said[0]["plan"]["baseline_j"]
     assert sum(own["armed"][0]["switches"] for own in said) > 8  # clocks really change
@@ -67,7 +67,7 @@ def test_every_rank_profiles_plans_and_follows_its_plan(ranks: list[dict[str, An
 def test_the_daemon_knows_the_job_and_what_its_steps_used(ranks: list[dict[str, Any]], name: str) -> None:
     said = ranks[0][f"{name}:plain"]
     state, steps, plan, energy_j, time_s = said["job"]
-    assert (state, steps, plan) == ("ended", 22, said["plan"]["id"])
+    assert (state, steps, plan) == ("ended", 26, said["plan"]["id"])
     assert 0.5 * said["plan"]["energy_j"] < energy_j < 3 * said["plan"]["baseline_j"]
     assert said["plan"]["iteration_s"] * 0.8 < time_s
 

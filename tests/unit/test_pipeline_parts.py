@@ -18,7 +18,7 @@ from powerd_integrations.pipeline.gpu import iteration
 from powerd_integrations.pipeline.measured import Profile, Row, Sheet, collapse, fingerprint, load, save
 from powerd_integrations.pipeline.pace import Pace, Slow
 from powerd_integrations.pipeline.place import first_host
-from powerd_integrations.pipeline.planning import AtDaemon, as_it_is, planning
+from powerd_integrations.pipeline.planning import AtDaemon, as_it_is, in_time, planning
 from powerd_integrations.pipeline.recorded import OrderError, agree, check, keys
 from powerd_integrations.pipeline.sweep import Sweep, ladder
 from powerd_integrations.torch_pipeline import place_in
@@ -252,6 +252,21 @@ class _Daemon:
         fastest_s = planner.fastest(problem).iteration_time_s
         deadline_s = document.deadline_s(deadline, baseline.iteration_time_s, fastest_s)
         return json.loads(json.dumps(document.to_json(planner.plan(problem, deadline_s, parsed.switching), baseline)))  # type: ignore[no-any-return]
+
+
+def test_instructions_too_short_for_a_change_of_clock_are_planned_all_the_same() -> None:
+    asked: list[float] = []
+
+    def plan(factor: float, least: float = math.inf) -> dict[str, Any]:
+        asked.append(factor)
+        if factor < least:
+            raise RequestError("no plan found ends within that when a clock takes so long to change")
+        return {"clocks": [], "factor": factor}
+
+    assert in_time(lambda factor: plan(factor, 1.0), dict)["factor"] == 1.0
+    assert in_time(lambda factor: plan(factor, 1.001), dict)["factor"] == asked[-1] > 1.0
+    assert in_time(plan, lambda: {"clocks": ["without"]}) == {"clocks": ["without"]}
+    assert max(asked) < 1.01  # hardly later
 
 
 def test_a_daemon_that_makes_no_plan_is_an_error_that_says_so() -> None:

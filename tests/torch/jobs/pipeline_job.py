@@ -105,8 +105,8 @@ class Phase:
 
 
 PHASES = {
-    "alone": Phase(24, powerd=False),
-    "plain": Phase(22),
+    "alone": Phase(26, powerd=False),
+    "plain": Phase(26),
     "missing": Phase(6, socket="/nonexistent/powerd.sock"),
     "disturbed": Phase(24, evaluate_at=17, disturb_at=19),
     "killed": Phase(22, kill_at=17),

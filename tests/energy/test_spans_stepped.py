@@ -41,8 +41,9 @@ with attach() as node, Context(0, node=node) as context:
     asked = clock.now_ns()
     view = client.spans(uuid, spans)
     waited_s = (clock.now_ns() - asked) / NS
+    whole = client.spans(uuid, [Span("all", spans[0].begin_ns, spans[-1].end_ns)])
 from powerd.client.codec import encode
-print(json.dumps({"view": encode(view), "truth": truth, "waited_s": waited_s}), flush=True)
+print(json.dumps({"view": encode(view), "whole": encode(whole), "truth": truth, "waited_s": waited_s}), flush=True)
 waiter.close()
 """
 
@@ -74,4 +75,6 @@ def test_a_rank_learns_what_each_kind_of_work_used(tmp_path: Path) -> None:
     # What was counted is given to somebody, all of it.
     assert abs(sum(row["energy_j"] for row in labels.values()) / truth["total"] - 1) < 0.005
     assert 60 < labels[""]["energy_j"] / labels[""]["time_s"] < 110, "the power of a GPU that waits"
+    (whole,) = [row for row in found["whole"]["labels"] if row["label"] == "all"]
+    assert abs(whole["energy_j"] / truth["total"] - 1) < 0.01, "one span over all of it is the counter's own difference"
     assert found["waited_s"] <= 0.3, "the fit takes no simulated time, only the closing sample does"

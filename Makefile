@@ -4,6 +4,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 PEERS := .venv-peers/bin
@@ -11,14 +12,14 @@ TORCH := .venv-torch/bin
 PIP_OPTIONS := -qq --disable-pip-version-check --no-input
 # hatchling comes pinned from the constraints file and builds in the environment itself, so no build is left unpinned.
 BUILD_TOOLS := pip hatchling editables
-PEER_TOOLS := nvitop gpustat py3nvml zeus nvidia-ml-py
+PEER_TOOLS := nvitop gpustat py3nvml zeus lowtime nvidia-ml-py
 TORCH_TOOLS := torch==2.13.0 lightning transformers accelerate megatron-core deepspeed
 
 # The same tests run in the same way everywhere: two workers, tests that must share one worker marked xdist_group.
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 FAST := not long and not slow and not peers and not torch and not real
 
-.PHONY: help demo test check test-long bench constraints preflight clean
+.PHONY: help demo test check test-long bench bench-perseus constraints preflight clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +28,7 @@ help:
 	@echo "make check      formatting, lint, types, import contracts and the fast tests"
 	@echo "make test-long  the long campaigns"
 	@echo "make bench      the benchmarks"
+	@echo "make bench-perseus  Perseus beside published figures and beside lowtime (BENCH_ARGS=--write keeps them)"
 
 preflight:
 	@.ci/preflight "$(PYTHON)"
@@ -49,6 +51,9 @@ test-long: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks
+
+bench-perseus: .venv/.installed-dev .venv-peers/.installed
+	$(BIN)/python -m benchmarks.perseus $(BENCH_ARGS)
 
 # What users run: the project, editable, with all that a node needs.
 .venv/.installed: pyproject.toml constraints.txt

@@ -21,6 +21,7 @@ PEER_VERSIONS = {
     "gpustat": "1.1.1",
     "py3nvml": "0.2.7",
     "zeus": "0.16.0",
+    "lowtime": "0.3.0",
     "nvidia-ml-py": "13.615.71",
 }
 # What the integrations plug into, likewise. torch comes from the index as it is: which build is the index's business.

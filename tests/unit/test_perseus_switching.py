@@ -69,7 +69,7 @@ def test_a_plan_keeps_its_deadline_with_clocks_that_take_time(gpu: str, slower: 
     again = realise(found, how)
     assert (again.iteration_time_s, again.energy_j) == (found.realised.iteration_time_s, found.realised.energy_j)
     assert found.realised.energy_j <= 1.03 * easy.energy_j
-    assert found.realised.switches <= 1.05 * realise(easy, how).switches
+    assert found.realised.switches <= 1.1 * realise(easy, how).switches
 
 
 def test_slow_changes_are_made_less_often() -> None:

@@ -125,7 +125,7 @@ class _Pipeline:
                     busy_j += energy
                     heapq.heappush(running, (now + times[after], after))
         blocked_s = dag.ranks * deadline_s - float(times.sum())
-        return Realised(start, times, total, busy_j + self.problem.blocking_power_w * blocked_s, switches)
+        return Realised(start, times, float(total), float(busy_j + self.problem.blocking_power_w * blocked_s), switches)
 
     def _spend(
         self, node: int, choice: Ints, wanted: list[int | None], pending: list[list[tuple[float, int]]], now: float

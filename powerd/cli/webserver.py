@@ -51,7 +51,10 @@ _HEADERS = {
 }
 # A page that goes on by itself: the navigation that follows comes from here, so that the strict cookie travels with it even when
 # the link was opened from elsewhere.
-_ENTERED = b'<!doctype html><title>powerd</title><meta http-equiv="refresh" content="0;url=/"><a href="/">powerd</a>'
+_ENTERED = (
+    b'<!doctype html><title>powerd</title><link rel="icon" href="/icon.svg">'
+    b'<meta http-equiv="refresh" content="0;url=/"><a href="/">powerd</a>'
+)
 
 
 def _readable() -> re.Pattern[str]:

@@ -77,7 +77,7 @@ const polls = {
     badges();
     choices();
     render();
-    if (first) { polls.why.now(); history.poll.now(); }
+    if (first) { renderEvents(state); polls.why.now(); history.poll.now(); }
   }),
   leases: new Poll(2, async () => {
     state.leases = (await get("/v1/leases")).filter((lease) => lease.state !== "ended");

@@ -15,6 +15,7 @@ export function el(tag, attributes = {}, ...children) {
 }
 
 export function setText(node, text) {
+  node.classList.remove("missing");
   if (node.textContent !== text) node.textContent = text;
 }
 

@@ -122,7 +122,7 @@ export function renderTiles(state) {
   const measured = state.jobs.filter((job) => job.saving_fraction !== null && job.energy_j > 0);
   const energy = measured.reduce((a, job) => a + job.energy_j, 0);
   const saving = measured.length ? measured.reduce((a, job) => a + job.saving_fraction * job.energy_j, 0) / energy : null;
-  const note = measured.length ? `per step, ${measured.length} of ${state.jobs.length} jobs measured it` : "no job has measured a baseline";
+  const note = measured.length ? `per step; measured by ${measured.length} of ${state.jobs.length} jobs` : "no job has measured a baseline";
   tile(list, "Saving so far", saving === null ? "not measured" : `${(saving * 100).toFixed(1)} %`, note);
 }
 
@@ -132,7 +132,8 @@ export function renderEvents(state) {
   const index = new Map((state.node?.gpus ?? []).map((gpu) => [gpu.gpu.uuid, `GPU ${gpu.gpu.index}`]));
   syncRows($("event-table").tBodies[0], state.events, (event) => event.seq, (event) => el("tr", {},
     el("td", {}, new Date(event.wall_ns / 1e6).toLocaleTimeString("en-GB")), el("td", {}, event.kind.replaceAll("_", " ")),
-    cell(event.uuid ? (index.get(event.uuid) ?? event.uuid) : ""), cell(event.subject ?? ""), cell(event.detail, "wrap")), () => {});
+    cell(""), cell(event.subject ?? ""), cell(event.detail, "wrap")),
+  (row, event) => setText(row.cells[2], event.uuid ? (index.get(event.uuid) ?? event.uuid) : ""));
 }
 
 export function speak(event) {

@@ -9,7 +9,7 @@ const MEASURES = [
   ["power_mw", "Power", "W", 1 / 1000, watts], ["sm_clock_mhz", "SM clock", "MHz", 1, megahertz],
   ["temperature_c", "Temperature", "°C", 1, celsius], ["utilization_percent", "Utilisation", "%", 1, percent],
 ];
-const POINTS = 3600, HEIGHT = 220, TABLE_ROWS = 30;
+const POINTS = 3700, HEIGHT = 220, TABLE_ROWS = 30;
 
 // All series on one time axis, one bucket after the other, null where there is none.
 export function aligned(view, column, factor) {
@@ -27,6 +27,14 @@ export function aligned(view, column, factor) {
     return line;
   });
   return [time, ...lines];
+}
+
+// 24-hour times; days where the span has several.
+function label(time, span_s) {
+  const date = new Date(time * 1000);
+  const day = date.toLocaleDateString("en-GB", { weekday: "short", day: "numeric" });
+  if (span_s > 2 * 86400) return date.getHours() === 0 ? day : "";
+  return date.toLocaleTimeString("en-GB", span_s < 300 ? {} : { hour: "2-digit", minute: "2-digit" });
 }
 
 function figures(line, step) {
@@ -56,7 +64,7 @@ class Chart {
       width: Math.max(200, this.box.clientWidth), height: HEIGHT,
       cursor: { sync: { key: "history" }, drag: { x: true, y: false } },
       scales: { x: { time: true }, y: { range: (u, low, high) => (low === null ? [0, 1] : [Math.min(0, low), high * 1.05 || 1]) } },
-      axes: [axis(), { ...axis(), size: 58 }],
+      axes: [{ ...axis(), values: (u, ticks) => ticks.map((t) => label(t, u.scales.x.max - u.scales.x.min)) }, { ...axis(), size: 58 }],
       series: [{}, ...names.map((label, i) => ({ label, stroke: () => seriesColour(i), dash: seriesDash(i), width: 1.4, points: { show: false }, spanGaps: false, show: this.history.visible(i) }))],
       hooks: { setCursor: [(u) => this.read(u)] },
     };

@@ -25,29 +25,36 @@ function winner(page, control) {
   return `${by}${lease ? ` of ${lease.user}` : ""}: ${control.setpoint.reason || "no reason given"}`;
 }
 
-function controlRow(row, page, control) {
-  const show = ofControl(control.control);
-  const outcome = control.outcome;
-  const cells = row.cells;
-  setText(cells[0], CONTROLS[control.control] ?? control.control);
-  if (!control.available) {
-    setText(cells[1], `cannot be controlled: ${control.unavailable_reason}`);
-    for (let i = 2; i < cells.length; i++) setText(cells[i], "");
-    return;
-  }
-  const requested = outcome ? outcome.requested : control.setpoint?.value;
-  setText(cells[1], interval(control.control, requested) ?? "baseline");
-  setValue(cells[2], interval(control.control, outcome?.accepted));
-  setValue(cells[3], show(outcome?.enforced));
-  setValue(cells[4], show(outcome?.observed));
-  setValue(cells[5], verdict(outcome));
-  setText(cells[6], winner(page, control));
-  const refused = (control.setpoint?.refused ?? []).map((r) => `${r.want.source} wanted ${interval(control.control, r.want.interval)}: ${r.why}`);
-  if (control.setpoint?.deferred_until_ns) refused.push("a step down waits for the minimum dwell");
-  setText(cells[7], refused.join("; ") || "nothing");
-  setValue(cells[8], interval(control.control, control.device));
-  setText(cells[9], interval(control.control, control.site) ?? "none");
-  setText(cells[10], interval(control.control, control.baseline) ?? "unlocked");
+// What is told of each control, a row each; an answer of null is "not known".
+const FACTS = [
+  ["Requested", (page, c) => interval(c.control, c.outcome ? c.outcome.requested : c.setpoint?.value) ?? "baseline"],
+  ["Accepted", (page, c) => interval(c.control, c.outcome?.accepted)],
+  ["Enforced", (page, c) => ofControl(c.control)(c.outcome?.enforced ?? (c.control === "power_limit" ? page.reading?.power_limit_enforced_mw : null))],
+  ["Observed", (page, c) => ofControl(c.control)(c.outcome?.observed)],
+  ["Verdict", (page, c) => (c.outcome ? verdict(c.outcome) : "nothing was asked for")],
+  ["Winner", winner],
+  ["Not served", (page, c) => refused(c) || "nothing"],
+  ["Device limits", (page, c) => interval(c.control, c.device)],
+  ["Site limits", (page, c) => interval(c.control, c.site) ?? "none"],
+  ["Baseline", (page, c) => interval(c.control, c.baseline) ?? "unlocked"],
+  ["Last change by", (page, c) => c.last_change_by ?? "nobody"],
+];
+
+function refused(control) {
+  const said = (control.setpoint?.refused ?? []).map((r) => `${r.want.source} wanted ${interval(control.control, r.want.interval)}: ${r.why}`);
+  if (control.setpoint?.deferred_until_ns) said.push("a step down waits for the minimum dwell");
+  return said.join("; ");
+}
+
+function controls(table, page) {
+  if (table.tHead.rows[0].cells.length !== page.controls.length + 1)
+    table.tHead.rows[0].append(...page.controls.map((c) => el("th", { scope: "col" }, CONTROLS[c.control] ?? c.control)));
+  syncRows(table.tBodies[0], FACTS, ([name]) => name,
+    ([name]) => el("tr", {}, el("th", { scope: "row" }, name), ...page.controls.map(() => cell(null, "wrap"))),
+    (row, [name, tell]) => page.controls.forEach((c, i) => {
+      const outOfReach = name === FACTS[0][0] ? `cannot be controlled: ${c.unavailable_reason}` : "";
+      setValue(row.cells[i + 1], c.available ? tell(page, c) : outOfReach);
+    }));
 }
 
 export async function refreshWhy(state) {
@@ -57,9 +64,7 @@ export async function refreshWhy(state) {
   if (uuid !== state.selected) return;
   setText($("why-health"), page.health === "up" ? "" : `health: ${page.health}`);
   setText($("why-sentence"), sentence(page) ?? "");
-  syncRows($("why-table").tBodies[0], page.controls, (control) => control.control,
-    () => el("tr", {}, el("th", { scope: "row" }), ...Array.from({ length: 10 }, (_, i) => cell(null, [0, 5, 6].includes(i) ? "wrap" : ""))),
-    (row, control) => controlRow(row, page, control));
+  controls($("why-table"), page);
   setValue($("why-reasons"), page.reading ? reasons(page.reading.clock_event_reasons) : null);
   await refreshPlans(page, state);
 }

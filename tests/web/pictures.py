@@ -49,7 +49,9 @@ def main() -> None:
             stack.enter_context(live.load(gpu, share))
         uuids, client = live.uuids, live.client
         report_job(client, uuids[:2])
-        lease = stack.enter_context(client.lease(uuids[:2], sm_clock_mhz=(None, 1410), reason="pipeline stage 0", job="gpt-pipeline"))
+        lease = stack.enter_context(
+            client.lease(uuids[:2], sm_clock_mhz=(None, 1410), reason="pipeline stage 0", job="gpt-pipeline")
+        )
         beats = stack.enter_context(lease.arm(ClockPlan("p-12", uuids[0], CLOCKS_MHZ, 1410, 60.0)))
         live.powerctl("set", "2", "3", "--sm-clock", "1200MHz", "--for", "1h", "--reason", "below the knee")
         live.powerctl("set", "4", "--power-limit", "300W", "--for", "1h", "--reason", "hot aisle")

@@ -71,11 +71,20 @@ export function canvas2d(canvas) {
   return [context, width, height];
 }
 
-// One polite message at a time, and not more often than a listener can bear.
-let spokenAt = 0;
+// Polite messages, gathered so that they come no more often than a listener can bear; what somebody asked for comes at once.
+const PAUSE_MS = 3000, MOST = 3;
+let waiting = [], spokenAt = -PAUSE_MS, timer = null;
+
+function speakNow() {
+  timer = null;
+  spokenAt = performance.now();
+  const more = waiting.length > MOST ? `; and ${waiting.length - MOST} more` : "";
+  setText($("announce"), waiting.slice(0, MOST).join("; ") + more);
+  waiting = [];
+}
+
 export function announce(text, urgent = false) {
-  const now = performance.now();
-  if (!urgent && now - spokenAt < 3000) return;
-  spokenAt = now;
-  setText($("announce"), text);
+  waiting.push(text);
+  if (urgent) { clearTimeout(timer); speakNow(); }
+  else timer ??= setTimeout(speakNow, Math.max(0, spokenAt + PAUSE_MS - performance.now()));
 }

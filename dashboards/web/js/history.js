@@ -113,11 +113,11 @@ class Chart {
     const u = this.plot;
     if (!u || (by === undefined && key.key !== "Escape" && key.key !== "Home" && key.key !== "End")) return;
     key.preventDefault();
-    const time = u.data[0], last = time.length - 1;
-    if (key.key === "Escape") { u.setScale("x", { min: time[0], max: time[last] }); u.setCursor({ left: -10, top: -10 }); return; }
+    const time = u.data[0], [first, last] = u.series[0].idxs; // what is in view
+    if (key.key === "Escape") { u.setScale("x", { min: time[0], max: time.at(-1) }); u.setCursor({ left: -10, top: -10 }); return; }
     const from = u.cursor.idx ?? last;
-    const to = key.key === "Home" ? 0 : key.key === "End" ? last : Math.min(last, Math.max(0, from + by));
-    u.setCursor({ left: u.valToPos(time[to], "x"), top: HEIGHT / 3 });
+    const to = key.key === "Home" ? first : key.key === "End" ? last : Math.min(last, Math.max(first, from + by));
+    u.setCursor({ left: Math.min(u.over.clientWidth, Math.max(0, u.valToPos(time[to], "x"))), top: HEIGHT / 3 });
     announce(this.at(u), true);
   }
 

@@ -9,7 +9,7 @@ import pytest
 
 from powerd.client import JobLog
 from powerd.model import ClockPlan
-from tests.e2e.live import LiveNode, wait_for
+from tests.e2e.live import LiveNode
 from tests.web.conftest import Open
 from tests.web.stage import HOUR_S, SILENT_GPU, SILENT_S, Seen, served
 
@@ -91,24 +91,22 @@ def test_an_hour_of_eight_gpus_is_there_at_once_and_its_gaps_are_gaps(seen: Seen
     for i in range(8):
         page.check(f"#shown label:has-text('GPU {i}') input")
     # Usable: a drag zooms in, Escape zooms out, and live values go on meanwhile.
+    page.locator("[data-chart=power_mw]").scroll_into_view_if_needed()
     box = page.locator("[data-chart=power_mw] .u-over").bounding_box()
     assert box is not None
-    y = box["y"] + 40
-    before = page.locator("[data-chart=power_mw]").screenshot()
-    page.mouse.move(box["x"] + 50, y)
+    page.mouse.move(box["x"] + 50, box["y"] + 40)
     page.mouse.down()
-    page.mouse.move(box["x"] + 150, y, steps=4)
+    page.mouse.move(box["x"] + 150, box["y"] + 40, steps=4)
     page.mouse.up()
-    zoomed = page.locator("[data-chart=power_mw]").screenshot()
-    assert zoomed != before
+    page.wait_for_selector("figure:first-child button:has-text('Whole range')")
     page.mouse.move(0, 0)  # a pointer that rests on the chart would be told of as well
     page.focus("[data-chart=power_mw]")
     page.wait_for_function("() => document.querySelector('figure output').textContent === ''")
-    page.keyboard.press("ArrowLeft")
-    page.wait_for_function("() => /0: [0-9.]+ W/.test(document.querySelector('figure output').textContent)")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => / 0: [0-9.]+ W/.test(document.querySelector('figure output').textContent)")
     page.keyboard.press("Escape")
-    page.wait_for_function("() => document.querySelector('figure output').textContent === ''")
-    assert page.locator("[data-chart=power_mw]").screenshot() != zoomed
+    page.wait_for_selector("figure:first-child button", state="hidden")
     assert seen.errors == []
 
 
@@ -276,7 +274,7 @@ def test_it_asks_nobody_but_its_own_server(live: LiveNode, open_page: Open) -> N
         assert seen.errors == []
 
 
-def test_a_time_without_a_daemon_is_known_by_powerctl(live: LiveNode) -> None:
+def test_without_a_daemon_powerctl_says_so_instead_of_the_page(live: LiveNode) -> None:
     done = live.powerctl("--socket", str(live.root / "none.sock"), "dashboard", "--print-url")
     assert (done.code, len(done.lines)) == (69, 1), done.err
-    wait_for("nothing is left behind", lambda: not done.out)
+    assert done.out == "", "no link that leads nowhere"

@@ -51,10 +51,11 @@ class Chart {
     Object.assign(this, { column, title, unit, factor, history });
     this.show = (value) => show(value === null ? null : value / factor) ?? "not known";
     this.readout = el("output", { "aria-live": "off" });
+    this.whole = el("button", { type: "button", hidden: true, onclick: () => this.reset() }, `Whole range of ${title.toLowerCase()}`);
     this.box = el("div", { class: "chart", role: "img", tabindex: "0", "data-chart": column });
     this.table = el("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": `${title}, table` });
     this.details = el("details", { ontoggle: () => this.fill() }, el("summary", {}, `${title} as a table`), this.table);
-    this.figure = el("figure", {}, el("figcaption", {}, el("span", {}, `${title} (${unit})`), this.readout), this.box, this.details);
+    this.figure = el("figure", {}, el("figcaption", {}, el("span", {}, `${title} (${unit})`), this.whole, this.readout), this.box, this.details);
     this.box.addEventListener("keydown", (key) => this.move(key));
   }
 
@@ -66,7 +67,7 @@ class Chart {
       scales: { x: { time: true }, y: { range: (u, low, high) => (low === null ? [0, 1] : [Math.min(0, low), high * 1.05 || 1]) } },
       axes: [{ ...axis(), values: (u, ticks) => ticks.map((t) => label(t, u.scales.x.max - u.scales.x.min)) }, { ...axis(), size: 58 }],
       series: [{}, ...names.map((label, i) => ({ label, stroke: () => seriesColour(i), dash: seriesDash(i), width: 1.4, points: { show: false }, spanGaps: false, show: this.history.visible(i) }))],
-      hooks: { setCursor: [(u) => this.read(u)] },
+      hooks: { setCursor: [(u) => this.read(u)], setScale: [(u, name) => { if (name === "x" && this.plot === u) this.whole.hidden = !this.zoomed(); }] },
     };
   }
 
@@ -89,6 +90,13 @@ class Chart {
   zoomed() {
     const { min, max } = this.plot.scales.x, time = this.plot.data[0];
     return min > time[0] || max < time.at(-1);
+  }
+
+  reset() {
+    const time = this.plot.data[0];
+    this.plot.setScale("x", { min: time[0], max: time.at(-1) });
+    this.plot.setCursor({ left: -10, top: -10 });
+    if (document.activeElement === this.whole) this.box.focus(); // the button goes away
   }
 
   summary(names) {
@@ -114,7 +122,7 @@ class Chart {
     if (!u || (by === undefined && key.key !== "Escape" && key.key !== "Home" && key.key !== "End")) return;
     key.preventDefault();
     const time = u.data[0], [first, last] = u.series[0].idxs; // what is in view
-    if (key.key === "Escape") { u.setScale("x", { min: time[0], max: time.at(-1) }); u.setCursor({ left: -10, top: -10 }); return; }
+    if (key.key === "Escape") { this.reset(); return; }
     const from = u.cursor.idx ?? last;
     const to = key.key === "Home" ? first : key.key === "End" ? last : Math.min(last, Math.max(first, from + by));
     u.setCursor({ left: Math.min(u.over.clientWidth, Math.max(0, u.valToPos(time[to], "x"))), top: HEIGHT / 3 });

@@ -11,6 +11,7 @@ import hmac
 import json
 import re
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -189,7 +190,9 @@ class Dashboard(ThreadingHTTPServer):
             self._room.release()
 
     def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
-        """A browser that leaves in mid-answer is no error."""
+        """A browser that leaves in mid-answer is no error; anything else is."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -244,8 +244,16 @@ def test_it_follows_the_systems_theme_and_fits_a_phone(live: LiveNode, open_page
         assert seen.errors == []
 
 
-def test_a_lost_daemon_is_said_and_found_again(open_page: Open) -> None:
-    with LiveNode(gpus=1) as node, served(node) as page, open_page(page.url) as seen:
+def test_a_lost_gpu_is_dashes_and_a_lost_daemon_is_said_and_found_again(open_page: Open) -> None:
+    with LiveNode(gpus=2) as node, served(node) as page, open_page(page.url) as seen:
+        node.node.fault("lost", gpu=1)
+        seen.page.wait_for_selector(_ROW.format(2) + "td:nth-child(2) .v.missing")
+        row = seen.page.locator(_ROW.format(2) + "td").all_inner_texts()
+        assert [value.replace("\n", " ").strip() for value in row[:2]] == ["– not known", "– not known"]
+        assert "lost" in row[6]
+        assert text(seen, "[data-tile='Power now'] dd small") == "1 of 2 GPUs are known"
+        assert seen.errors == []
+        node.node.clear_faults(1)
         node.process.terminate()
         node.process.wait(30)
         seen.page.wait_for_selector("#link[data-state=down]")
@@ -254,6 +262,18 @@ def test_a_lost_daemon_is_said_and_found_again(open_page: Open) -> None:
         node.start()
         seen.page.wait_for_selector("#link[data-state=live]", timeout=30_000)
         assert seen.page.locator("#lost").is_hidden()
+
+
+@pytest.mark.parametrize(("path", "place"), [("explain", "#why-sentence"), ("history", "#history-state")])
+def test_what_a_user_may_not_see_is_said(seen: Seen, path: str, place: str) -> None:
+    error = '{"error": {"code": "denied", "message": "this shows every tenant", "hint": "ask the operator", "fault": "request"}}'
+    seen.page.route(f"**/v1/{path}*", lambda route: route.fulfill(status=403, content_type="application/json", body=error))
+    seen.page.route(f"**/v1/{path}/*", lambda route: route.fulfill(status=403, content_type="application/json", body=error))
+    seen.page.check("input[value='24h']")
+    seen.page.wait_for_function(
+        "s => document.querySelector(s).textContent.includes('every tenant (ask the operator)')", arg=place
+    )
+    assert text(seen, _ROW.format(1) + "td:nth-child(2) .v").endswith(" W"), "the rest goes on"
 
 
 def test_a_page_whose_server_has_ended_says_so(live: LiveNode, open_page: Open) -> None:

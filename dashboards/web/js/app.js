@@ -3,7 +3,7 @@ import { ApiError, Poll, Stream, get } from "./api.js";
 import { $, announce, el, setText, syncRows } from "./dom.js";
 import { History } from "./history.js";
 import { poolsExist, refreshPools, refreshTimeline, renderJobs } from "./jobs.js";
-import { remember, renderEvents, renderGpus, renderTiles, seed, speak } from "./gpus.js";
+import { remember, renderEvents, renderGpus, renderTiles, seed, setPace, speak } from "./gpus.js";
 import { refreshWhy, renderLeases } from "./why.js";
 
 const LIVE_HZ = 2, KEPT_EVENTS = 100, STALE_S = 5;
@@ -74,6 +74,7 @@ const polls = {
   node: new Poll(5, async () => {
     const first = !state.node;
     state.node = await get("/v1/node");
+    setPace(state.node.time_scale);
     badges();
     choices();
     render();

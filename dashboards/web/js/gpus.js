@@ -2,7 +2,8 @@
 import { $, announce, canvas2d, cell, css, el, setText, setValue, syncRows } from "./dom.js";
 import { celsius, megahertz, percent, reasons, want, watts } from "./format.js";
 
-const SPAN_S = 120, GAP_S = 3.5;
+const SPAN_S = 120, GAP_S = 3.5; // of the time of the person who looks: a simulated node's may run faster
+let pace = 1;
 const SPARKS = { power: "power_mw", clock: "sm_clock_mhz", utilisation: "utilization_percent" };
 const trails = new Map(); // uuid -> { time_s: [], column: [] }
 
@@ -10,6 +11,8 @@ function trail(uuid) {
   if (!trails.has(uuid)) trails.set(uuid, { time_s: [], ...Object.fromEntries(Object.values(SPARKS).map((name) => [name, []])) });
   return trails.get(uuid);
 }
+
+export function setPace(timeScale) { pace = Math.max(1, timeScale ?? 1); }
 
 // What was stored before the page was opened, so that the lines do not begin empty.
 export function seed(view) {
@@ -29,7 +32,7 @@ export function remember(snapshot) {
     if (now <= line.time_s.at(-1)) continue;
     line.time_s.push(now);
     for (const name of Object.values(SPARKS)) line[name].push(reading[name]);
-    const drop = line.time_s.findIndex((t) => t >= now - SPAN_S);
+    const drop = line.time_s.findIndex((t) => t >= now - SPAN_S * pace);
     if (drop > 0) for (const values of Object.values(line)) values.splice(0, drop);
   }
 }
@@ -47,8 +50,8 @@ function draw(canvas, line, name, lowest) {
   line[name].forEach((value, i) => {
     const time = line.time_s[i];
     if (value === null) { before = null; return; }
-    const x = width - ((end - time) / SPAN_S) * width, y = height - 2 - ((value - low) / span) * (height - 4);
-    if (before === null || time - before > GAP_S) { context.moveTo(x, y); context.lineTo(x + 0.5, y); } else context.lineTo(x, y);
+    const x = width - ((end - time) / (SPAN_S * pace)) * width, y = height - 2 - ((value - low) / span) * (height - 4);
+    if (before === null || time - before > GAP_S * pace) { context.moveTo(x, y); context.lineTo(x + 0.5, y); } else context.lineTo(x, y);
     before = time;
   });
   context.stroke();

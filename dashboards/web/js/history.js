@@ -57,6 +57,7 @@ class Chart {
     this.details = el("details", { ontoggle: () => this.fill() }, el("summary", {}, `${title} as a table`), this.table);
     this.figure = el("figure", {}, el("figcaption", {}, el("span", {}, `${title} (${unit})`), this.whole, this.readout), this.box, this.details);
     this.box.addEventListener("keydown", (key) => this.move(key));
+    new ResizeObserver(() => this.plot?.setSize({ width: Math.max(200, this.box.clientWidth), height: HEIGHT })).observe(this.box);
   }
 
   options(names) {
@@ -78,7 +79,6 @@ class Chart {
     if (!this.plot || this.names !== names.join()) {
       this.plot?.destroy();
       this.plot = new uPlot(this.options(names), data, this.box);
-      new ResizeObserver(() => this.plot.setSize({ width: Math.max(200, this.box.clientWidth), height: HEIGHT })).observe(this.box);
     } else this.plot.setData(data, whole);
     if (!whole) this.plot.redraw();
     this.names = names.join();

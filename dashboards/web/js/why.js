@@ -1,5 +1,5 @@
 // "Why this clock": /v1/explain as a sentence and a table, and the clock plans that are armed.
-import { get } from "./api.js";
+import { ApiError, get } from "./api.js";
 import { $, cell, el, setText, setValue, syncRows } from "./dom.js";
 import { CONTROLS, interval, ofControl, reasons, remaining, verdict, want } from "./format.js";
 import { planStrip } from "./strips.js";
@@ -60,7 +60,15 @@ function controls(table, page) {
 export async function refreshWhy(state) {
   if (!state.selected) return;
   const uuid = state.selected;
-  const page = await get(`/v1/explain/${encodeURIComponent(uuid)}`);
+  let page;
+  try { page = await get(`/v1/explain/${encodeURIComponent(uuid)}`); } catch (error) {
+    if (!(error instanceof ApiError) || error.status >= 500) throw error; // a lost connection is said elsewhere
+    setText($("why-sentence"), `Not to be seen: ${error.message}${error.hint ? ` (${error.hint})` : ""}.`);
+    $("why-table").tBodies[0].replaceChildren();
+    $("why-plans").replaceChildren();
+    setValue($("why-reasons"), null);
+    return;
+  }
   if (uuid !== state.selected) return;
   setText($("why-health"), page.health === "up" ? "" : `health: ${page.health}`);
   setText($("why-sentence"), sentence(page) ?? "");

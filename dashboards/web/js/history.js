@@ -208,6 +208,7 @@ export class History {
       $("charts").dataset.range = range;
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
+      if (error.status === 403) this.poll.seconds = 60; // rights change rarely
       setText($("history-state"), `No history: ${error.message}${error.hint ? ` (${error.hint})` : ""}`);
     }
   }

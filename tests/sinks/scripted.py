@@ -30,6 +30,7 @@ class ScriptedServer:
 
     def __init__(self) -> None:
         self.reply: Callable[[list[str]], Reply] = lambda lines: Reply()
+        self.keep_requests = True
         self.requests: list[list[str]] = []
         self.tokens: list[str] = []
         self.taken: dict[str, int] = {}
@@ -80,7 +81,8 @@ class ScriptedServer:
         lines = body.decode().split("\n")
         reply = self.reply(lines)
         with self.changed:
-            self.requests.append(lines)
+            if self.keep_requests:
+                self.requests.append(lines)
             self.tokens.append(request.headers.get("Authorization", ""))
             if reply.written if reply.written is not None else reply.status == 204:
                 for text in lines:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ class Reply:
 class ScriptedServer:
     """``reply`` decides about each write from its lines; ``taken`` is what arrived, by line, with how often."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.reply: Callable[[list[str]], Reply] = lambda lines: Reply()
         self.keep_requests = True
         self.requests: list[list[str]] = []
@@ -68,9 +70,9 @@ class ScriptedServer:
         app.router.add_post("/api/v2/write", self._write)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=self._tls)
         await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
         return runner
 
     async def _write(self, request: web.Request) -> web.Response:

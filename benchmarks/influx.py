@@ -52,8 +52,9 @@ def influx(report: Report, progress: Progress, points: int = 200_000, rounds: in
             middle = {way: statistics.median(found) for way, found in rates.items()}
             for way, rate in middle.items():
                 report.add(f"{way}", rate, "points/s")
-            alone = max(rate for way, rate in middle.items() if not way.startswith("powerd"))
-            report.add("drain / the faster of the two", middle["powerd's drain"] / alone, "", ">= 0.8")
+            alone = max((way for way in ways if not way.startswith("powerd")), key=lambda way: middle[way])
+            ratios = [own / other for own, other in zip(rates["powerd's drain"], rates[alone], strict=True)]
+            report.add("drain / the faster of the two, in the same turn", statistics.median(ratios), "", ">= 0.8")
             loop, whole = _steady(config, folder, seconds)
             report.add(f"steady {GPUS} GPUs at {HZ} Hz: in the daemon's loop", 100 * loop, "% of one core")
             report.add(f"steady {GPUS} GPUs at {HZ} Hz: with both threads", 100 * whole, "% of one core", "< 1")

@@ -32,7 +32,7 @@ def _write(url: str, body: str) -> None:
         assert answer.status == 204
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(rows=ROWS)
 def test_the_engine_reads_back_every_tag_and_every_field(
     rows: list[tuple[str, str, int, float, bool]], influxd: Influxd, influx_front: Front

@@ -12,7 +12,7 @@ import pytest
 
 from tests.real.servers import Front, Influxd, Prometheus, VictoriaMetrics, wait_for
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("influx")]
 
 
 def _write(url: str, lines: str, token: str = "the-right-token") -> int:

@@ -94,9 +94,8 @@ def free_port() -> int:
 class LiveNode:
     """Simulated GPUs, powerd on them, and its doors; use as a context manager."""
 
-    def __init__(
-        self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "", time: str = "real"
-    ) -> None:
+    def __init__(self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "",
+                 time: str = "real") -> None:  # fmt: skip
         self.root = Path(tempfile.mkdtemp(prefix="pd"))
         self.root.chmod(0o755)  # others than we ask for permission too
         self.node: SimNode = nodes.create(model, gpus, time, seed=5)
@@ -173,7 +172,7 @@ token_file = "{self.token_file}"
             cwd=self.root,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=120,
             input=stdin or "",
         )
         return Answer(done.returncode, done.stdout, done.stderr)

@@ -17,6 +17,7 @@ from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
 from benchmarks.clock_search import search_clocks
 from benchmarks.daemon import Client, running
+from benchmarks.influx import influx
 from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
@@ -298,6 +299,7 @@ CASES = {
     "set": set_latency,
     "store": store,
     "sinks": sinks,
+    "influx": influx,
     "energy": energy,
     "spans": spans,
     "search": search_clocks,

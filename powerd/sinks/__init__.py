@@ -1,1 +1,1 @@
-"""Where measurements go: the embedded store and the Prometheus page."""
+"""Where measurements go: the embedded store, the Prometheus page, and InfluxDB by way of a spool."""

@@ -118,6 +118,8 @@ class MetricsConfig:
     """``[metrics]``: the Prometheus page."""
 
     enabled: bool = _key(True, "serve /metrics")
+    dcgm: bool = _key(False, "serve /metrics/dcgm too: the same GPUs under dcgm-exporter's names, labels and units")
+    job_names: bool = _key(True, "series for every training job by its name; false where there are too many names")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from aiohttp import web
 from powerd.access import Origin, View, may_control, may_read_all
 from powerd.api import MAX_BODY_BYTES, Ack, JobEvent, SpansRequest
 from powerd.call import Call, Handler
-from powerd.clock import standing
+from powerd.clock import NS, standing
 from powerd.decode import decode
 from powerd.errors import DeniedError, RequestError
 from powerd.handlers import Handlers
@@ -23,6 +23,7 @@ from powerd.sinks.metrics import Metrics
 from powerd.solver_child import Solver
 from powerd.trace import EnergySpans
 
+_SHOWN_NS = 600 * NS  # for so long a job that has ended stays on the Prometheus page: long enough to be scraped
 _HINT = "run a process on it or hold a lease"
 
 
@@ -111,7 +112,10 @@ class JobRoutes:
 
     def count(self, metrics: Metrics) -> None:
         """What the Prometheus page says of jobs."""
-        metrics.jobs(self.jobs.states(self._clock.now_ns()), self.jobs.counters)
+        now_ns, wall_ns = self._clock.now_ns(), self._clock.wall_ns()
+        metrics.jobs(self.jobs.states(now_ns), self.jobs.counters)
+        named = self.jobs.views(now_ns) if self.handlers.engine.config.metrics.job_names else []
+        metrics.trainings(v for v in named if v.end_wall_ns is None or wall_ns - v.end_wall_ns < _SHOWN_NS)
 
     def table(self) -> dict[str, Handler]:
         """Route name -> handler."""

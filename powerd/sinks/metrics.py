@@ -15,8 +15,21 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from powerd.api import JobView
 from powerd.clock import NS
-from powerd.model import Capabilities, Control, Health, LeaseState, Reading, Restart, Snapshot, reason_names
+from powerd.model import (
+    Capabilities,
+    Control,
+    Health,
+    LeaseState,
+    Reading,
+    Restart,
+    Setpoint,
+    Snapshot,
+    WantClass,
+    reason_names,
+)
+from powerd.sinks import dcgm
 
 _LONGEST_STEP_NS = 5 * NS  # between two samples; more is a hole that counts for nobody
 
@@ -49,6 +62,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_gpu_utilization_ratio", "gauge", "ratio", _GPU, "Share of time in which a kernel ran"),
     Metric("powerd_gpu_memory_used_bytes", "gauge", "bytes", _GPU, "Memory in use"),
     Metric("powerd_gpu_memory_size_bytes", "gauge", "bytes", _GPU, "Memory of the GPU"),
+    Metric("powerd_gpu_sm_clock_lock_hertz", "gauge", "hertz", (*_GPU, "bound"), "SM clock lock in force: minimum, maximum"),
+    Metric("powerd_gpu_set_by", "gauge", "", (*_GPU, "control", "class", "holder"), "1 for what is not at baseline: who set it"),
     Metric("powerd_gpu_clock_event_seconds", "counter", "seconds", (*_GPU, "reason"), "Time with this clock event reason set"),
     Metric("powerd_gpu_sample_age_seconds", "gauge", "seconds", _GPU, "Age of the newest reading"),
     Metric("powerd_snapshots", "counter", "", (), "Snapshots received from powerd-hw"),
@@ -58,6 +73,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_config_last_reload_successful", "gauge", "", (), "1 when the configuration file as it stands is in force"),
     Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
     Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
+    Metric("powerd_user_leases", "gauge", "", ("user",), "Leases that have not ended, by user"),
     Metric("powerd_plans_armed", "gauge", "", (), "Clock plans that are armed"),
     Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats: begin, next, asked, wrong, ignored, late, closed"),
     Metric("powerd_plan_switches", "counter", "", (), "Clocks that clock plans have set"),
@@ -68,6 +84,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_job_steps", "counter", "", (), "Training steps that jobs reported since powerd started"),
     Metric("powerd_job_lost_steps", "counter", "", (), "Steps among them that a restore rolled back"),
     Metric("powerd_job_energy_joules", "counter", "joules", (), "Energy that jobs reported for their steps and checkpoints"),
+    Metric("powerd_training_energy_joules", "counter", "joules", ("job_name",), "Energy that a job reported to this node"),
+    Metric("powerd_training_steps", "counter", "", ("job_name",), "Steps that a job reported to this node, lost ones too"),
+    Metric("powerd_training_step_energy_joules", "gauge", "joules", ("job_name",), "Energy per step that was not lost"),
+    Metric("powerd_training_step_seconds", "gauge", "seconds", ("job_name",), "Median time of a job's newest steps"),
+    Metric("powerd_training_saving_ratio", "gauge", "ratio", ("job_name",), "Energy saved against its own baseline steps"),
     Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
@@ -132,6 +153,9 @@ class Metrics(Collector):
         self._now_ns = 0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        for name, label in (("powerd_restore", Restart), ("powerd_drift", Control)):
+            if name in self._table:  # a counter that begins at 1 shows no increase
+                self._values[name] = {(str(one),): 0.0 for one in label}
 
     # ---- what the daemon tells
 
@@ -175,6 +199,47 @@ class Metrics(Collector):
             self.set("powerd_jobs", count, state)
         for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
             self.set(f"powerd_job_{name}", value)
+
+    def trainings(self, jobs: Iterable[JobView]) -> None:
+        """What these jobs reported, each under its name; those that are not named any more leave the page."""
+        names: dict[str, dict[tuple[str, ...], float]] = {}
+        for job in jobs:
+            told = {
+                "energy_joules": job.energy_j, "steps": job.steps + job.lost_steps,
+                "step_energy_joules": job.energy_per_retained_step_j,
+                "step_seconds": job.time_s, "saving_ratio": job.saving_fraction,
+            }  # fmt: skip
+            for name, value in told.items():
+                if value is not None:
+                    names.setdefault(f"powerd_training_{name}", {})[(job.job,)] = float(value)
+        for name, metric in self._table.items():
+            if name.startswith("powerd_training_"):
+                before, now = self._values[name], names.get(name, {})
+                if metric.kind == "counter":  # a late report may take a step's energy back: a counter never falls
+                    now = {key: max(value, before.get(key, 0.0)) for key, value in now.items()}
+                self._values[name] = now
+
+    def held(self, setpoints: Iterable[Setpoint], holders: Mapping[str, str]) -> None:
+        """What is not at baseline and for whom; ``holders`` names the user of a lease, any other source goes by its own name."""
+        set_by: dict[tuple[str, ...], float] = {}
+        locks: dict[tuple[str, ...], float] = {}
+        for setpoint in setpoints:
+            if setpoint.value is None:
+                continue
+            known = self._gpus.get(setpoint.uuid)
+            gpu = (setpoint.uuid, str(known.gpu.index) if known else "")
+            winner = next((want for want in setpoint.considered if want.source == setpoint.winner), None)
+            kind = (winner.want_class if winner else WantClass.DEFAULT).name.lower()
+            source = setpoint.winner or ""
+            set_by[(*gpu, str(setpoint.control), kind, holders.get(source, source))] = 1.0
+            if setpoint.control is Control.SM_CLOCK:
+                locks[(*gpu, "minimum")] = setpoint.value.low * 1e6
+                locks[(*gpu, "maximum")] = setpoint.value.high * 1e6
+        self._values["powerd_gpu_set_by"], self._values["powerd_gpu_sm_clock_lock_hertz"] = set_by, locks
+        users: dict[tuple[str, ...], float] = {}
+        for user in holders.values():
+            users[(user,)] = users.get((user,), 0.0) + 1
+        self._values["powerd_user_leases"] = users
 
     def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
         """The clock plans, and their sums since powerd started."""
@@ -286,7 +351,7 @@ def documentation() -> str:
         name = f"{metric.name}_total" if metric.kind == "counter" else metric.name
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         lines.append(f"| `{name}` | {metric.kind} | {metric.unit} | {labels} | {metric.help} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *dcgm.documentation()]) + "\n"
 
 
 if __name__ == "__main__":

@@ -123,6 +123,26 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class InfluxConfig:
+    """``[influx]``: history to an InfluxDB v2 server (or one that takes its writes); off unless ``url`` is set."""
+
+    url: str = _key("", 'such as "https://influx.example.org:8086"; empty: no InfluxDB')
+    org: str = _key("", "organisation")
+    bucket: str = _key("", "bucket; needed when url is set")
+    token_file: str = _key("", "file with a token that may write the bucket; empty: the systemd credential influx_token, if any")
+    ca_file: str = _key("", "PEM file of the authorities that may sign the server's certificate; empty: the system's")
+    insecure_http: bool = _key(False, "true: send the token in the clear to a server beyond this machine")
+    sample_hz: float = _key(1.0, "points per second and GPU: means of the samples in between", low=0.01, high=10)
+    batch_lines: int = _key(5000, "lines of one request at most", low=1, high=50_000)
+    timeout_s: float = _key(10.0, "seconds that one request may take", low=0.1, high=300)
+    spool_max_mib: int = _key(512, "MiB of unsent points (compressed) on disk; the oldest make room", low=1, high=1_000_000)
+    spool_max_days: float = _key(7.0, "days that an unsent point is kept", low=0.01, high=3_650)
+    tag_values_per_day: int = _key(
+        1000, 'different jobs (and pools) a day; what comes after is tagged "other"', low=1, high=1_000_000
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of powerd's configuration; immutable, replaced as a whole."""
 
@@ -135,6 +155,7 @@ class Config:
     tcp: TcpConfig = field(default_factory=TcpConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    influx: InfluxConfig = field(default_factory=InfluxConfig)
 
 
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:

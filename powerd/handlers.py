@@ -34,6 +34,7 @@ from powerd.lease import Lease, token_matches
 from powerd.model import Event, Reading
 from powerd.openapi import document
 from powerd.sinks import dcgm
+from powerd.sinks.influx import InfluxSink
 from powerd.sinks.metrics import Metrics
 from powerd.sinks.store import DEFAULT_COLUMNS, Store
 from powerd.sse import MAX_CLIENTS, Hub
@@ -53,6 +54,7 @@ class Handlers:
         self.engine, self.node, self.hub, self.attach = engine, engine.node, hub, attach
         self.node_view = node_view
         self.windows, self.metrics_page, self.store = windows, metrics, store
+        self.influx: InfluxSink | None = None
         self.count_jobs: Callable[[Metrics], None] = lambda metrics: None
         self._window_owner: dict[str, int | None] = {}
         self._document: bytes | None = None
@@ -165,9 +167,11 @@ class Handlers:
             return call.answer(Ack(True, "alive; this node has no GPU that powerd can read"))
         if (age_s is None or age_s > _STALE_S) and self.engine.quiesced_until_ns is None:
             raise UnavailableError("no fresh samples", hint="powerctl doctor", code="busy")
-        return call.answer(
-            Ack(True, "quiesced" if self.engine.quiesced_until_ns is not None else f"sampled {age_s or 0:.1f} s ago")
-        )
+        state = "quiesced" if self.engine.quiesced_until_ns is not None else f"sampled {age_s or 0:.1f} s ago"
+        # Alive all the same: restarting powerd would not mend somebody else's server.
+        if self.influx is not None and not (stats := self.influx.stats()).up:
+            state += f"; InfluxDB does not take points, {stats.spool_points} wait ({stats.problem})"
+        return call.answer(Ack(True, state))
 
     async def metrics(self, call: Call) -> web.Response:
         self._must_read_all(call)
@@ -191,6 +195,8 @@ class Handlers:
         if self.store is not None:
             stats = self.store.stats()
             self.metrics_page.store(stats.rows, stats.dropped, stats.errors, stats.size_bytes)
+        if self.influx is not None:
+            self.metrics_page.influx(self.influx.stats())
         accept = call.request.headers.get("Accept", "")
         body, media = self.metrics_page.render(accept, self.engine.clock.now_ns())
         return web.Response(body=body, headers={**call.headers, "Content-Type": media})

@@ -9,9 +9,10 @@ import argparse
 import asyncio
 import contextlib
 import os
+import platform
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from powerd.clock import Clock
 from powerd.config import Config
 from powerd.errors import EXIT_OK, EXIT_UNAVAILABLE, ConfigError, PowerdError, UnavailableError
 from powerd.model import Event
+from powerd.sinks.influxsetup import check_influx, make_sink
 from powerd.tcp import check_tcp
 
 
@@ -65,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             return _sim(words[1:])
         arguments = _parser().parse_args(words)
         if arguments.command == "check-config":
-            check_tcp(configuration.load(arguments.file).tcp)
+            config = configuration.load(arguments.file)
+            check_tcp(config.tcp)
+            check_influx(config.influx)
             print(f"{arguments.file or configuration.default_file()}: good")
             return EXIT_OK
         return _run(arguments)
@@ -167,6 +171,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         windows = EnergyWindows(clock, round(clocks.NS / config.hw.sample_hz))
         metrics = Metrics() if config.metrics.enabled else None
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
+        influx = make_sink(config.influx, state_dir, clock, platform.node(), config.hw.sample_hz, _from_thread(events.add))
         spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
         jobs = JobTable()
         node.listeners.append(windows.observe)
@@ -179,6 +184,10 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             node.listeners.append(store.append)
             jobs.listeners.append(store.append_job)
             events.listeners.append(store.append_event)
+        if influx is not None:
+            node.listeners.append(influx.append)
+            jobs.listeners.append(influx.append_job)
+            events.listeners.append(influx.append_event)
 
         # Who asks
         def rules() -> Rules:
@@ -197,14 +206,16 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         def on_lease(lease: Any) -> None:
             engine.plans.lease_changed(lease)
             attach.lease_changed(lease)
-            if store is not None:
-                view: LeaseView = lease_view(engine, lease)
-                store.append_lease(view)
+            view: LeaseView = lease_view(engine, lease)
+            for sink in (store, influx):
+                if sink is not None:
+                    sink.append_lease(view)
 
         book.on_lease = on_lease
         engine.plans.on_plan = attach.plan_changed
         hub = Hub(clock, node, events)
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
+        handlers.influx = influx
         solver = Solver(clock)
         job_routes = JobRoutes(handlers, spans, jobs, solver)
         handlers.count_jobs = job_routes.count
@@ -226,6 +237,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             try:
                 new = load_config(arguments)
                 tcp_token = check_tcp(new.tcp)
+                check_influx(new.influx)
                 if child is not None:
                     child.reload(for_child(new, state_dir))
                 engine.apply_config(new)
@@ -291,10 +303,20 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             await asyncio.gather(*tasks, return_exceptions=True)
             if child is not None:
                 await child.stop()
-            if store is not None:
-                await asyncio.to_thread(store.close)
+            await asyncio.gather(*(asyncio.to_thread(sink.close) for sink in (store, influx) if sink is not None))
             log("stopped")
         return code
+
+
+def _from_thread(add: Callable[..., Event]) -> Callable[[str, str], None]:
+    """Add events from another thread; nobody waits, and after the loop's end nobody hears."""
+    loop = asyncio.get_running_loop()
+
+    def tell(kind: str, detail: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(lambda: add(kind, detail=detail))
+
+    return tell
 
 
 def _count(metrics: Any, event: Event) -> None:

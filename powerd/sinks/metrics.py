@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
@@ -17,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from powerd.api import JobView
 from powerd.clock import NS
+from powerd.hw.plan import Beat
 from powerd.model import (
     Capabilities,
     Control,
@@ -30,6 +32,9 @@ from powerd.model import (
     reason_names,
 )
 from powerd.sinks import dcgm
+
+if TYPE_CHECKING:
+    from powerd.sinks.influx import InfluxStats
 
 _LONGEST_STEP_NS = 5 * NS  # between two samples; more is a hole that counts for nobody
 
@@ -94,6 +99,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
     Metric("powerd_store_errors", "counter", "", (), "Failed rounds of writing to the embedded store"),
     Metric("powerd_store_size_bytes", "gauge", "bytes", (), "Size of the embedded store"),
+    Metric("powerd_spool_bytes", "gauge", "bytes", (), "Unsent points for InfluxDB on disk, compressed"),
+    Metric("powerd_spool_points", "gauge", "", (), "Unsent points for InfluxDB"),
+    Metric("powerd_influx_up", "gauge", "", (), "1 while the InfluxDB server takes points; absent without [influx]"),
+    Metric("powerd_influx_lag_seconds", "gauge", "seconds", (), "Age of the oldest point that has not arrived"),
+    Metric("powerd_influx_lines", "counter", "", (), "Points that the InfluxDB server took"),
+    Metric("powerd_influx_dropped_points", "counter", "", ("why",), "Points given up: bounds of the spool, queue, disk or row"),
+    Metric("powerd_influx_dead_letters", "counter", "", (), "Points that the server refused for good, put aside"),
+    Metric("powerd_influx_other_tags", "counter", "", (), "Rows tagged other because a day had too many jobs or pools"),
+    Metric("powerd_influx_errors", "counter", "", ("status",), "Failed requests by HTTP status, or network or timeout"),
 )  # fmt: skip
 
 #: Fields of a reading that are exposed as they are, times a factor into base units.
@@ -153,7 +167,7 @@ class Metrics(Collector):
         self._now_ns = 0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        for name, label in (("powerd_restore", Restart), ("powerd_drift", Control)):
+        for name, label in (("powerd_restore", Restart), ("powerd_drift", Control), ("powerd_plan_beats", Beat)):
             if name in self._table:  # a counter that begins at 1 shows no increase
                 self._values[name] = {(str(one),): 0.0 for one in label}
 
@@ -252,6 +266,19 @@ class Metrics(Collector):
         """The embedded store's own counters."""
         for name, value in (("rows", rows), ("dropped", dropped), ("errors", errors), ("size_bytes", size_bytes)):
             self.set(f"powerd_store_{name}", value)
+
+    def influx(self, stats: InfluxStats) -> None:
+        """How the InfluxDB sink stands."""
+        for name, value in (
+            ("spool_bytes", stats.spool_bytes), ("spool_points", stats.spool_points), ("influx_up", stats.up),
+            ("influx_lag_seconds", stats.lag_s), ("influx_lines", stats.lines), ("influx_dead_letters", stats.dead_letters),
+            ("influx_other_tags", stats.other_tags),
+        ):  # fmt: skip
+            self.set(f"powerd_{name}", value)
+        for why, points in stats.dropped.items():
+            self.set("powerd_influx_dropped_points", points, why)
+        for status, count in stats.errors.items():
+            self.set("powerd_influx_errors", count, status)
 
     def was_set(self, control: Control | str, took_s: float) -> None:
         """The driver was told a new value of a control and took so long to return."""

@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -256,11 +257,14 @@ class Front:
 
     Nothing of the body is touched. The answer's text is the engine's own; its code is that of InfluxDB from 2.5 on: 422 when some
     lines were written and others refused, 400 when the engine could read none of it. ``token`` is the only one it lets in.
+    ``hurdles`` are for the next writes, one each: a status that is answered without asking the engine (429 with a
+    ``Retry-After: 1``), or, if below 100, seconds by which the engine's answer comes late.
     """
 
     def __init__(self, engine: Influxd, token: str = "the-right-token") -> None:
         self.engine, self.token = engine, token
         self.requests = 0
+        self.hurdles: deque[float] = deque()
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._loop = asyncio.new_event_loop()
@@ -306,6 +310,10 @@ class Front:
         self.requests += 1
         if request.headers.get("Authorization") != f"Token {self.token}":
             return web.json_response({"code": "unauthorized", "message": "unauthorized access"}, status=401)
+        hurdle = self.hurdles.popleft() if self.hurdles else 0
+        if hurdle >= 100:
+            headers = {"Retry-After": "1"} if hurdle == 429 else {}
+            return web.json_response({"code": "scripted", "message": "scripted"}, status=int(hurdle), headers=headers)
         query = {"db": request.query["bucket"], "precision": request.query.get("precision", "ns")}
         headers = {name: request.headers[name] for name in ("Content-Encoding",) if name in request.headers}
         body = await request.read()
@@ -314,6 +322,7 @@ class Front:
                 status, text = answer.status, await answer.text()
         except OSError as error:
             return web.json_response({"code": "unavailable", "message": str(error)}, status=503)
+        await asyncio.sleep(hurdle)
         if status == 204:
             return web.Response(status=204)
         if status == 404:

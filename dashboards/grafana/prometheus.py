@@ -147,21 +147,28 @@ HEALTH = Row("Spool, store and powerd itself", (
         Query(f"powerd_influx_up{{{_NODE}}}", "{{instance}}"),
     ), kind="states", low=0, high=1),
     Panel("Points lost and refused", "Dropped by the spool's bound; refused by InfluxDB and kept as dead letters.", "short", (
-        Query(f"increase(powerd_influx_dropped_points_total{{{_NODE}}}[$__rate_interval])", "{{instance}} dropped"),
+        Query(f"sum by (instance, why) (increase(powerd_influx_dropped_points_total{{{_NODE}}}[$__rate_interval]))",
+              "{{instance}} dropped: {{why}}"),
         Query(f"increase(powerd_influx_dead_letters_total{{{_NODE}}}[$__rate_interval])", "{{instance}} dead letters"),
     ), low=0),
+    Panel("Delivery", "Points per second that InfluxDB took, and the age of the oldest that it has not.", "short", (
+        Query(f"rate(powerd_influx_lines_total{{{_NODE}}}[$__rate_interval])", "{{instance}} points/s"),
+        Query(f"powerd_influx_lag_seconds{{{_NODE}}}", "{{instance}} lag in seconds"),
+    ), width=6, low=0),
     Panel("Age of samples", "Of each GPU's newest reading.", "s", (
         Query(f"powerd_gpu_sample_age_seconds{{{_GPU}}}", _EACH),
-    ), low=0),
-    Panel("Embedded store", "Its size.", "bytes", (Query(f"powerd_store_size_bytes{{{_NODE}}}", "{{instance}}"),), low=0),
+    ), width=6, low=0),
+    Panel("Embedded store", "Its size.", "bytes", (
+        Query(f"powerd_store_size_bytes{{{_NODE}}}", "{{instance}}"),
+    ), width=6, low=0),
     Panel("Store rows", "Written and lost per second.", "short", (
         Query(f"rate(powerd_store_rows_total{{{_NODE}}}[$__rate_interval])", "{{instance}} written"),
         Query(f"rate(powerd_store_dropped_total{{{_NODE}}}[$__rate_interval])", "{{instance}} dropped"),
-    ), low=0),
+    ), width=6, low=0),
     Panel("Connected to powerd-hw", "0: nothing is measured or set.", "short", (
         Query(f"powerd_hw_connected{{{_NODE}}}", "{{instance}}"),
     ), kind="states", width=12, height=6, low=0, high=1),
-    Panel("GPUs that answer", "0: lost or wedged.", "short", (
+    Panel("GPU answers", "0: lost or wedged.", "short", (
         Query(f"powerd_gpu_up{{{_GPU}}}", _EACH),
     ), kind="states", width=12, height=6, low=0, high=1),
 ))  # fmt: skip

@@ -51,8 +51,9 @@ def test_uids_and_panel_numbers_are_unique() -> None:
     uids = [document["uid"] for document in DASHBOARDS.values()]
     assert len(set(uids)) == len(uids) == 2
     for document in DASHBOARDS.values():
-        numbers = [panel["id"] for panel in document["panels"]]
-        assert len(set(numbers)) == len(numbers)
+        for key in ("id", "title"):
+            values = [panel[key] for panel in document["panels"]]
+            assert len(set(values)) == len(values), key
 
 
 @each

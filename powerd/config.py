@@ -100,6 +100,7 @@ class TcpConfig:
     certificate: str = _key("", "PEM file of the server certificate; needed unless the address is loopback")
     key: str = _key("", "PEM file of the private key")
     token_file: str = _key("", "file with one bearer token; needed for everything but permitted loopback reads")
+    read_token_file: str = _key("", "file with a bearer token that reads everything and sets nothing, such as for Prometheus")
     loopback_reads: bool = _key(False, "reads from loopback without a token")
 
 

@@ -37,6 +37,7 @@ from powerd.sinks import dcgm
 from powerd.sinks.influx import InfluxSink
 from powerd.sinks.metrics import Metrics
 from powerd.sinks.store import DEFAULT_COLUMNS, Store
+from powerd.sinks.whose import show_setpoints
 from powerd.sse import MAX_CLIENTS, Hub
 from powerd.views import explain_view, lease_view
 from powerd.windows import EnergyWindows
@@ -184,7 +185,7 @@ class Handlers:
         self.metrics_page.plans(len(self.engine.plans), self.engine.plans.beats, self.engine.plans.switches)
         self.metrics_page.gpus(self.node.capabilities.values())
         holders = {lease.id: lease.user for lease in self.engine.leases.values() if lease.live}
-        self.metrics_page.held(self.engine.setpoints.current.values(), holders)
+        show_setpoints(self.metrics_page, self.engine.setpoints.current.values(), holders)
         view = self.node_view()
         for name, value in (
             ("powerd_hw_connected", view.hw_connected), ("powerd_control_enabled", view.control), ("powerd_panic", view.panic),

@@ -20,6 +20,7 @@ from powerd.errors import DeniedError, RequestError
 from powerd.handlers import Handlers
 from powerd.jobs import JobTable
 from powerd.sinks.metrics import Metrics
+from powerd.sinks.whose import show_jobs
 from powerd.solver_child import Solver
 from powerd.trace import EnergySpans
 
@@ -115,7 +116,7 @@ class JobRoutes:
         now_ns, wall_ns = self._clock.now_ns(), self._clock.wall_ns()
         metrics.jobs(self.jobs.states(now_ns), self.jobs.counters)
         named = self.jobs.views(now_ns) if self.handlers.engine.config.metrics.job_names else []
-        metrics.trainings(v for v in named if v.end_wall_ns is None or wall_ns - v.end_wall_ns < _SHOWN_NS)
+        show_jobs(metrics, (v for v in named if v.end_wall_ns is None or wall_ns - v.end_wall_ns < _SHOWN_NS))
 
     def table(self) -> dict[str, Handler]:
         """Route name -> handler."""

@@ -16,7 +16,6 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from powerd.api import JobView
 from powerd.clock import NS
 from powerd.hw.plan import Beat
 from powerd.model import (
@@ -26,9 +25,7 @@ from powerd.model import (
     LeaseState,
     Reading,
     Restart,
-    Setpoint,
     Snapshot,
-    WantClass,
     reason_names,
 )
 from powerd.sinks import dcgm
@@ -214,47 +211,6 @@ class Metrics(Collector):
         for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
             self.set(f"powerd_job_{name}", value)
 
-    def trainings(self, jobs: Iterable[JobView]) -> None:
-        """What these jobs reported, each under its name; those that are not named any more leave the page."""
-        names: dict[str, dict[tuple[str, ...], float]] = {}
-        for job in jobs:
-            told = {
-                "energy_joules": job.energy_j, "steps": job.steps + job.lost_steps,
-                "step_energy_joules": job.energy_per_retained_step_j,
-                "step_seconds": job.time_s, "saving_ratio": job.saving_fraction,
-            }  # fmt: skip
-            for name, value in told.items():
-                if value is not None:
-                    names.setdefault(f"powerd_training_{name}", {})[(job.job,)] = float(value)
-        for name, metric in self._table.items():
-            if name.startswith("powerd_training_"):
-                before, now = self._values[name], names.get(name, {})
-                if metric.kind == "counter":  # a late report may take a step's energy back: a counter never falls
-                    now = {key: max(value, before.get(key, 0.0)) for key, value in now.items()}
-                self._values[name] = now
-
-    def held(self, setpoints: Iterable[Setpoint], holders: Mapping[str, str]) -> None:
-        """What is not at baseline and for whom; ``holders`` names the user of a lease, any other source goes by its own name."""
-        set_by: dict[tuple[str, ...], float] = {}
-        locks: dict[tuple[str, ...], float] = {}
-        for setpoint in setpoints:
-            if setpoint.value is None:
-                continue
-            known = self._gpus.get(setpoint.uuid)
-            gpu = (setpoint.uuid, str(known.gpu.index) if known else "")
-            winner = next((want for want in setpoint.considered if want.source == setpoint.winner), None)
-            kind = (winner.want_class if winner else WantClass.DEFAULT).name.lower()
-            source = setpoint.winner or ""
-            set_by[(*gpu, str(setpoint.control), kind, holders.get(source, source))] = 1.0
-            if setpoint.control is Control.SM_CLOCK:
-                locks[(*gpu, "minimum")] = setpoint.value.low * 1e6
-                locks[(*gpu, "maximum")] = setpoint.value.high * 1e6
-        self._values["powerd_gpu_set_by"], self._values["powerd_gpu_sm_clock_lock_hertz"] = set_by, locks
-        users: dict[tuple[str, ...], float] = {}
-        for user in holders.values():
-            users[(user,)] = users.get((user,), 0.0) + 1
-        self._values["powerd_user_leases"] = users
-
     def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
         """The clock plans, and their sums since powerd started."""
         self.set("powerd_plans_armed", armed)
@@ -284,6 +240,18 @@ class Metrics(Collector):
         """The driver was told a new value of a control and took so long to return."""
         count, total_s = self._sets.get((str(control),), (0, 0.0))
         self._sets[(str(control),)] = (count + 1, total_s + took_s)
+
+    def index(self, uuid: str) -> str:
+        """The label ``gpu`` of a GPU; empty while it is not known."""
+        known = self._gpus.get(uuid)
+        return str(known.gpu.index) if known else ""
+
+    def replace(self, name: str, series: Mapping[tuple[str, ...], float]) -> None:
+        """All series of a metric at once; those that are not named leave the page. A counter never falls."""
+        for labels in series:
+            self._checked(name, labels)
+        floor = self._values[name] if self._table[name].kind == "counter" else {}
+        self._values[name] = {labels: max(value, floor.get(labels, value)) for labels, value in series.items()}
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge, or a counter that is counted elsewhere; KeyError or ValueError when the table has it not so."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,9 @@ scrape_configs:
 """
 
 
+READ_TOKEN = "only-reads-0123456789"
+
+
 def want(control: Control, value: int) -> WantSpec:
     return WantSpec(control, value, value)
 
@@ -60,7 +64,11 @@ def node() -> Iterator[LiveNode]:
     """Two GPUs at work: a lease holds one, one was released, one lost to somebody else's change; a job has reported."""
     influx = f'[influx]\nurl = "http://127.0.0.1:{free_port()}"\nbucket = "powerd"\n'
     with contextlib.ExitStack() as stack:
-        node = stack.enter_context(LiveNode(more=f"[metrics]\ndcgm = true\n{influx}"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "read-token").write_text(READ_TOKEN)
+        (folder / "read-token").chmod(0o600)
+        more = f'read_token_file = "{folder}/read-token"\n[metrics]\ndcgm = true\n{influx}'
+        node = stack.enter_context(LiveNode(more=more))
         for gpu in range(2):
             stack.enter_context(node.load(gpu, 0.9))
         short = node.client.lease_create(request(node, 1, want(Control.SM_CLOCK, 1200)))
@@ -77,8 +85,9 @@ def node() -> Iterator[LiveNode]:
 def prometheus(node: LiveNode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has scraped the node for a few seconds, with our rules."""
     need("prometheus")
-    config = SCRAPE.format(rules=RULES, token=node.token_file, port=node.tcp_port)
-    server = Prometheus(tmp_path_factory.mktemp("prometheus"), config)
+    folder = tmp_path_factory.mktemp("prometheus")
+    (folder / "token").write_text(READ_TOKEN)
+    server = Prometheus(folder, SCRAPE.format(rules=RULES, token=folder / "token", port=node.tcp_port))
     server.start()
     try:
         enough = 'count_over_time(powerd_gpu_power_watts{gpu="0"}[1m]) >= 6'
@@ -178,6 +187,19 @@ def test_both_pages_tell_the_same_energy(node: LiveNode) -> None:
     dcgm = joules("/metrics/dcgm", "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION_total", 1e-3)
     after = joules("/metrics", "powerd_gpu_energy_joules_total", 1)
     assert 0 < before - 1e-6 <= dcgm <= after + 1e-6
+
+
+def test_prometheus_token_reads_everything_and_sets_nothing(node: LiveNode) -> None:
+    shown = {"Authorization": f"Bearer {READ_TOKEN}"}
+    for path in ("/metrics", "/v1/snapshot", "/v1/leases", "/v1/history"):
+        assert node.http("GET", path, tcp=True, **shown).code == 200, path
+    (lease, *_) = node.client.leases()
+    for method, path in (("POST", "/v1/panic"), ("POST", "/v1/leases"), ("DELETE", f"/v1/leases/{lease.id}"),
+                         ("POST", "/v1/jobs/x/events"), ("POST", "/v1/windows")):  # fmt: skip
+        refused = node.http(method, path, {}, tcp=True, **shown)
+        assert (refused.code, refused.json()["error"]["code"]) == (403, "denied"), path
+    assert not node.client.node().panic
+    assert node.http("GET", "/metrics", tcp=True, Authorization="Bearer only-reads-0123456780").code == 403
 
 
 def test_dcgm_s_page_and_names_of_jobs_are_off_when_the_operator_says_so(node: LiveNode) -> None:

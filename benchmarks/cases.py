@@ -16,6 +16,7 @@ from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
+from benchmarks.influx import influx
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -296,6 +297,7 @@ CASES = {
     "set": set_latency,
     "store": store,
     "sinks": sinks,
+    "influx": influx,
     "energy": energy,
     "spans": spans,
     "beats": beats,

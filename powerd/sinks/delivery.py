@@ -121,7 +121,7 @@ class ClientWriter:
     def write(self, body: bytes, timeout_s: float) -> Answer:
         from influxdb_client import WritePrecision
         from influxdb_client.rest import ApiException
-        from urllib3.exceptions import HTTPError, TimeoutError  # what influxdb-client lets through
+        from urllib3.exceptions import HTTPError, NewConnectionError, TimeoutError  # what influxdb-client lets through
 
         self._client.api_client.configuration.timeout = max(1, round(timeout_s * 1000))
         try:
@@ -131,6 +131,8 @@ class ClientWriter:
                 return Answer(0, _short(error), cause="network")
             header = error.headers.get("Retry-After") if error.headers else None
             return Answer(int(error.status), _said(error), retry_after_s(header, time.time()))
+        except NewConnectionError as error:  # refused; urllib3 counts it among the time-outs
+            return Answer(0, _short(error), cause="network")
         except TimeoutError as error:
             return Answer(0, _short(error), cause="timeout")
         except (HTTPError, OSError, ValueError) as error:

@@ -121,12 +121,16 @@ class InfluxSink:
             self._wake.wait(1.0)
             self._wake.clear()
             stopping = self._stopping
-            self._drain()
-            if stopping:
-                self._pending += self._lines.finish()
-            self._spool()
+            self.tick(last=stopping)
             if stopping:
                 return
+
+    def tick(self, *, last: bool = False) -> None:
+        """One round of the spooling thread: what is in the queue is on disk afterwards, unless the disk refuses."""
+        self._drain()
+        if last:
+            self._pending += self._lines.finish()
+        self._spool()
 
     def _drain(self) -> None:
         while self._queue:

@@ -50,7 +50,7 @@ def check_influx(config: InfluxConfig) -> SplitResult | None:
             f"influx.url {config.url!r}: the token would travel in the clear", hint="use https, or set insecure_http = true"
         )
     if config.ca_file and not os.access(config.ca_file, os.R_OK):
-        raise ConfigError(f"influx.ca_file {config.ca_file}: cannot be read")
+        raise ConfigError(f"influx.ca_file {config.ca_file}: cannot be read", hint="a PEM file that the daemon's user can read")
     read_token(config)
     return parts
 
@@ -73,7 +73,7 @@ def read_token(config: InfluxConfig) -> str:
     try:
         mode, token = path.stat().st_mode, path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"influx.token_file: {error}") from error
+        raise ConfigError(f"influx.token_file: {error}", hint="one line with the token, chmod 0600") from error
     if config.token_file and mode & 0o077:
         raise ConfigError(f"influx.token_file {path}: others can read it", hint="chmod 0600")
     if not token or not token.isascii() or not token.isprintable():

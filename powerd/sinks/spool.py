@@ -167,6 +167,8 @@ class Spool:
 
         dropped = self._guarded(work)
         self.dropped_points += dropped
+        if dropped:
+            self._shrink(64)
         return dropped
 
     def _make_room(self, connection: sqlite3.Connection, wall_ns: int) -> int:
@@ -178,8 +180,6 @@ class Spool:
                 return dropped
             number, then_ns, lines, size = row
             if self._bytes <= self._max_bytes and wall_ns - then_ns <= self._max_age_ns:
-                if dropped:
-                    connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
                 return dropped
             connection.execute("DELETE FROM batch WHERE id = ?", (number,))
             self._bytes -= size + _ROW_BYTES
@@ -227,10 +227,14 @@ class Spool:
             self._taken = 0
 
         self._guarded(work)
+        self._shrink(256)
+
+    def _shrink(self, pages: int) -> None:
+        """Give freed pages back to the file system; a script, because execute() would stop after the first page."""
         with self._lock:
             if self._connection is not None:
                 try:
-                    self._connection.execute("PRAGMA incremental_vacuum(256)").fetchall()
+                    self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
                 except sqlite3.Error:
                     pass  # the file stays larger than it has to be
 

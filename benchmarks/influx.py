@@ -146,7 +146,8 @@ def _snapshot(wall_ns: int, tick: int) -> Snapshot:
                 _uuid(gpu), wall_ns, Health.UP, 1, energy_mj=30_000 * tick, power_mw=200_000 + tick * 7919 % 100_000,
                 power_average_mw=200_000 + tick, sm_clock_mhz=900 + tick % 500, memory_clock_mhz=1593,
                 temperature_c=40 + tick % 40, utilization_percent=tick % 101, memory_used_bytes=tick << 20,
-                memory_total_bytes=80 << 30, power_limit_requested_mw=400_000, power_limit_enforced_mw=400_000, clock_event_reasons=1 << tick % 8,
+                memory_total_bytes=80 << 30, power_limit_requested_mw=400_000, power_limit_enforced_mw=400_000,
+                clock_event_reasons=1 << tick % 8,
             )
             for gpu in range(GPUS)
         ),

@@ -11,7 +11,8 @@ import pytest
 
 from powerd.api import API_HEADER
 from tests.docs import markdown
-from tests.e2e.live import Answer, LiveNode, command
+from tests.e2e.live import Answer, LiveNode, command, free_port
+from tests.sinks.scripted import Reply, ScriptedServer
 
 pytestmark = pytest.mark.xdist_group("docs")
 
@@ -62,8 +63,29 @@ def heard(live: LiveNode) -> list[str]:
     live.reload()
     if os.geteuid() == 0:
         lines.append(refused(live.http_as_nobody("POST", "/v1/panic")))
+    lines += influx_lines(live)
     with LiveNode(control=False, gpus=1) as monitor:
         lines.append(said(monitor.powerctl(*wish, "300W")))
+    return lines
+
+
+def influx_lines(live: LiveNode) -> list[str]:
+    """What is said of an InfluxDB in the clear, of one that knows no such token, and of one that is not there."""
+    token = live.root / "influx_token"
+    token.write_text("not-the-right-one\n")
+    token.chmod(0o600)
+    path = live.root / "influx.toml"
+
+    def check(url: str, *argv: str) -> Answer:
+        path.write_text(f'[influx]\nurl = "{url}"\nbucket = "b"\ntoken_file = "{token}"\n')
+        return live.run(command(*argv, *(["--config"] if argv[0] == "powerctl" else []), str(path)))
+
+    lines = [said(check("http://192.0.2.1:8086", "powerd", "check-config"))]
+    server = ScriptedServer()
+    server.reply = lambda sent: Reply(401, message="unauthorized access")
+    for url in (server.url, f"http://127.0.0.1:{free_port()}"):
+        lines += [line for line in check(url, "powerctl", "influx", "check").out.splitlines() if line.startswith("FAIL")]
+    server.close()
     return lines
 
 

@@ -1,22 +1,25 @@
 # Everything a newcomer or CI runs: `make demo` and `make test` first. Two house rules: nothing is installed outside
-# .venv and .venv-peers, and nothing is downloaded again while pyproject.toml and the constraints files stay the same.
+# .venv, .venv-peers and .venv-torch, and nothing is downloaded again while pyproject.toml and the constraints files stay the same.
 SHELL := /bin/sh
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 PEERS := .venv-peers/bin
+TORCH := .venv-torch/bin
 PIP_OPTIONS := -qq --disable-pip-version-check --no-input
 # hatchling comes pinned from the constraints file and builds in the environment itself, so no build is left unpinned.
 BUILD_TOOLS := pip hatchling editables
-PEER_TOOLS := nvitop gpustat py3nvml zeus nvidia-ml-py
+PEER_TOOLS := nvitop gpustat py3nvml zeus lowtime nvidia-ml-py
+TORCH_TOOLS := torch==2.13.0 lightning transformers accelerate megatron-core deepspeed
 
 # The same tests run in the same way everywhere: two workers, tests that must share one worker marked xdist_group.
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
-FAST := not long and not slow and not peers and not real
+FAST := not long and not slow and not peers and not torch and not real
 
-.PHONY: help demo test check test-long bench constraints preflight clean
+.PHONY: help demo test check test-long bench bench-perseus constraints preflight clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +28,7 @@ help:
 	@echo "make check      formatting, lint, types, import contracts and the fast tests"
 	@echo "make test-long  the long campaigns"
 	@echo "make bench      the benchmarks"
+	@echo "make bench-perseus  Perseus beside published figures and beside lowtime (BENCH_ARGS=--write keeps them)"
 
 preflight:
 	@.ci/preflight "$(PYTHON)"
@@ -39,14 +43,17 @@ check: .venv/.installed-dev
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 	$(PYTEST) -m "$(FAST)"
 
-test: .venv/.installed-dev .venv-peers/.installed
+test: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed
 	$(PYTEST) -m "not long"
 
-test-long: .venv/.installed-dev .venv-peers/.installed
+test-long: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed
 	$(BIN)/python -m pytest -m long --timeout 7200 $(PYTEST_ARGS)
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks
+
+bench-perseus: .venv/.installed-dev .venv-peers/.installed
+	$(BIN)/python -m benchmarks.perseus $(BENCH_ARGS)
 
 # What users run: the project, editable, with all that a node needs.
 .venv/.installed: pyproject.toml constraints.txt
@@ -74,10 +81,20 @@ bench: .venv/.installed-dev
 	@$(PEERS)/python -m pip install $(PIP_OPTIONS) -c constraints-peers.txt --no-build-isolation -e .
 	@touch $@
 
-# Resolves both environments anew from pyproject.toml and writes what was found into the constraints files.
+# The frameworks that the integrations plug into, and powerd beside them as in a training image that plans by itself.
+.venv-torch/.installed: pyproject.toml constraints-torch.txt
+	@.ci/preflight "$(PYTHON)"
+	@echo "Installing the training frameworks into .venv-torch (some minutes) ..."
+	@$(PYTHON) -m venv .venv-torch
+	@$(TORCH)/python -m pip install $(PIP_OPTIONS) -c constraints-torch.txt $(BUILD_TOOLS)
+	@DS_BUILD_OPS=0 $(TORCH)/python -m pip install $(PIP_OPTIONS) -c constraints-torch.txt $(TORCH_TOOLS)
+	@$(TORCH)/python -m pip install $(PIP_OPTIONS) -c constraints-torch.txt --no-build-isolation -e '.[plan]'
+	@touch $@
+
+# Resolves the environments anew from pyproject.toml and writes what was found into the constraints files.
 constraints:
 	@.ci/preflight "$(PYTHON)"
 	@$(PYTHON) .ci/pin.py $(PEER_TOOLS)
 
 clean:
-	rm -rf .venv .venv-peers .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-torch .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

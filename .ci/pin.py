@@ -1,10 +1,11 @@
-"""Resolves the main and the peer environment from nothing and writes their constraints files.
+"""Resolves the main, the peer and the framework environment from nothing and writes their constraints files.
 
 House rules: pins come from environments that were really installed, never from a resolver's guess; every run starts
 from an empty environment, so a pin that nothing needs any more disappears.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,17 @@ PEER_VERSIONS = {
     "gpustat": "1.1.1",
     "py3nvml": "0.2.7",
     "zeus": "0.16.0",
+    "lowtime": "0.3.0",
     "nvidia-ml-py": "13.615.71",
+}
+# What the integrations plug into, likewise. torch comes from the index as it is: which build is the index's business.
+TORCH_VERSIONS = {
+    "torch": "2.13.0",
+    "lightning": "2.6.6",
+    "transformers": "5.23.0",
+    "accelerate": "1.15.0",
+    "megatron-core": "0.16.1",
+    "deepspeed": "0.19.8",
 }
 HEADER = "# Written by `make constraints` from a fresh environment; docs/dependencies.md says what each is for.\n"
 
@@ -41,7 +52,8 @@ def resolve(name: str, requirements: list[str]) -> list[str]:
     pip(python, "install", "-qq", "--no-build-isolation", *requirements)
     pip(python, "check")
     lines = pip(python, "freeze", "--all", "--exclude-editable").splitlines()
-    return [line for line in lines if "==" in line and line.split("==")[0].lower() not in NOT_PINNED]
+    # A local label such as +cpu names the build that this machine's index had; another machine's may have another.
+    return [line.partition("+")[0] for line in lines if "==" in line and line.split("==")[0].lower() not in NOT_PINNED]
 
 
 def pin_without_installing(python: Path, requirement: str) -> str:
@@ -51,14 +63,27 @@ def pin_without_installing(python: Path, requirement: str) -> str:
     return f"{found['name']}=={found['version']}"
 
 
+def write(name: str, lines: list[str]) -> None:
+    """Write one constraints file."""
+    (ROOT / name).write_text(HEADER + "\n".join(sorted(lines, key=str.lower)) + "\n")
+
+
+def pin_torch() -> None:
+    """Write constraints-torch.txt."""
+    os.environ["DS_BUILD_OPS"] = "0"  # deepspeed compiles nothing when it is installed
+    tools = [f"{tool}=={version}" for tool, version in TORCH_VERSIONS.items()]
+    write("constraints-torch.txt", resolve("torch", ["-e", ".[plan]", *tools]))
+
+
 def main() -> None:
-    """Write constraints.txt and constraints-peers.txt."""
+    """Write constraints.txt, constraints-peers.txt and constraints-torch.txt."""
     lines = resolve("main", ["-e", ".[all]", "--group", "dev"])
     lines.append(pin_without_installing(ROOT / "build" / "pins" / "main" / "bin" / "python", "ziglang"))
-    (ROOT / "constraints.txt").write_text(HEADER + "\n".join(sorted(lines, key=str.lower)) + "\n")
+    write("constraints.txt", lines)
     peers = [f"{tool}=={PEER_VERSIONS[tool]}" for tool in sys.argv[1:]]
     lines = resolve("peers", ["-e", ".", *peers])
-    (ROOT / "constraints-peers.txt").write_text(HEADER + "\n".join(sorted(lines, key=str.lower)) + "\n")
+    write("constraints-peers.txt", lines)
+    pin_torch()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import psutil
 from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
+from benchmarks.clock_search import search_clocks
 from benchmarks.daemon import Client, running
 from benchmarks.influx import influx
+from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -300,5 +302,7 @@ CASES = {
     "influx": influx,
     "energy": energy,
     "spans": spans,
+    "search": search_clocks,
     "beats": beats,
+    "instructions": instructions,
 }

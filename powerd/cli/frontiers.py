@@ -145,13 +145,13 @@ def report(problem: Problem, front: Frontier, baseline: Plan, job: JobFile, fact
             )
         if not allowed:
             fixed = plans
-    straggling = tuple(_straggling(front, baseline, fixed, factor, pipelines) for factor in factors)
+    late = {factor: planner.plan(max(usual_s * factor, planner.shortest_s), QUICK) for factor in factors}
+    straggling = tuple(_straggling(plan, baseline, fixed, factor, pipelines) for factor, plan in late.items())
     return Report(points(front, baseline, job), tuple(beside), straggling, pipelines, usual_s, baseline.energy_j * gpus)
 
 
-def _straggling(front: Frontier, baseline: Plan, fixed: dict[str, Plan], factor: float, pipelines: int) -> Straggling:
+def _straggling(best: Plan, baseline: Plan, fixed: dict[str, Plan], factor: float, pipelines: int) -> Straggling:
     late_s = baseline.iteration_time_s * factor
-    best = front.at(late_s)
     # The straggler itself goes on with the fastest plan that is no slower than the highest clocks.
     own = fixed["Perseus"]
 

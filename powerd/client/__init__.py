@@ -11,6 +11,7 @@ a lease dies with the process that holds it.
     print(window.energy_j)
 """
 
+from powerd.api import Span
 from powerd.client.beats import Beats
 from powerd.client.core import Client
 from powerd.client.joblog import JobLog
@@ -18,4 +19,4 @@ from powerd.client.lease import Lease
 from powerd.client.transport import default_socket
 from powerd.client.window import EnergyWindow
 
-__all__ = ["Beats", "Client", "EnergyWindow", "JobLog", "Lease", "default_socket"]
+__all__ = ["Beats", "Client", "EnergyWindow", "JobLog", "Lease", "Span", "default_socket"]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -18,7 +20,7 @@ from typing import Any
 
 from powerd.cli.choices import choice_line, choices_of, curve_table, front_of, points_of
 from powerd.cli.output import console
-from powerd.demo import result
+from powerd.demo import perseus, result
 from powerd.demo.children import Child, DemoError
 from powerd.demo.stage import START_S, Stage, stage
 from powerd.errors import PowerdError
@@ -26,6 +28,12 @@ from powerd.sim.build import BuildError
 from powerd.sim.node import SimError
 from powerd.sweep import Row
 
+#: What is shown, in this order -> the files that it makes.
+PARTS = {
+    "sweep": ("energy_time.svg", "energy_time.png", "energy_time.csv"),
+    "train": ("timeline.svg", "timeline.png", "plan.json"),
+    "kill": (),
+}
 SLOWDOWNS = (0.0, 0.05, 0.10)
 BEGIN_NS = 60_000_000_000  # simulated, from the making of the node to the first lease
 PATIENCE_S = 60.0  # real, without a word of the job
@@ -38,19 +46,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8, choices=range(1, 9), metavar="1..8")
     parser.add_argument("--seconds", type=float, default=10.0, help="simulated seconds that an energy window lasts at least")
     parser.add_argument("--step", type=int, default=1, help="only every N-th measured clock")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {','.join(PARTS)}; kill needs sweep")
+    parser.add_argument(
+        "--training-time", default="stepped", metavar="MODE", help="stepped, or a factor such as x10 (see docs/demo.md)"
+    )
     args = parser.parse_args(argv)
+    parts = args.parts.split(",")
+    if not set(parts) <= set(PARTS) or ("kill" in parts and "sweep" not in parts):
+        parser.error(f"--parts are of {', '.join(PARTS)}, and kill needs sweep")
+    if args.training_time != "stepped" and not re.fullmatch(r"x[0-9.]+", args.training_time):
+        parser.error(f"--training-time is stepped or a factor such as x10, not {args.training_time!r}")
     signal.signal(signal.SIGTERM, _interrupt)
     began_s = time.monotonic()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        code = _show(args.out, args.gpus, args.seconds, args.step)
+        code = _show(args.out, args.gpus, args.seconds, args.step, parts, args.training_time)
     except KeyboardInterrupt:
         print("\ndemo: interrupted; everything that it started has ended", file=sys.stderr)
         return 130
     except (DemoError, PowerdError, BuildError, SimError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    files = ", ".join(f"{args.out}/{name}" for name in ("energy_time.svg", "energy_time.png", "energy_time.csv", "result.json"))
+    made = [name for part, names in PARTS.items() if part in parts for name in names]
+    files = ", ".join(f"{args.out}/{name}" for name in (*made, "result.json"))
     print(f"\nDone in {time.monotonic() - began_s:.0f} s. Results (simulated): {files}")
     return code
 
@@ -59,7 +77,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _show(out: Path, gpus: int, seconds: float, step: int) -> int:
+def _show(out: Path, gpus: int, seconds: float, step: int, parts: Sequence[str], training_time: str) -> int:
+    summary: dict[str, Any] = {"simulated": True}
+    if "sweep" in parts:
+        summary |= _sweep_and_choose(out, gpus, seconds, step)
+    if "train" in parts:
+        summary["training"] = perseus.train(out, training_time)
+    if "kill" in parts:
+        print("\nAnother simulated node, in real time (time x1): the holder of a lease dies.")
+        with stage(gpus, "real") as here:
+            summary |= _kill(here, gpus, summary["hold_mhz"])
+    (out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return 0 if summary.get("restored", True) else 1
+
+
+def _sweep_and_choose(out: Path, gpus: int, seconds: float, step: int) -> dict[str, Any]:
     truth = result.measured()
     measured_clocks = sorted({clock for _, clock in truth}, reverse=True)
     with stage(gpus, "stepped") as here:
@@ -68,12 +100,7 @@ def _show(out: Path, gpus: int, seconds: float, step: int) -> int:
         model = here.node.model_name
         cells, verdicts = _sweep(here, gpus, measured_clocks[::step], seconds)
     rows = result.rows(cells, verdicts)
-    summary = _tell(out, gpus, model, rows, cells, truth, set(result.left_out(measured_clocks)))
-    print("\nA second simulated node, in real time (time x1), for the rest.")
-    with stage(gpus, "real") as here:
-        restored = _kill(here, gpus, summary["hold_mhz"])
-    (out / "result.json").write_text(json.dumps({**summary, **restored}, indent=1) + "\n", encoding="utf-8")
-    return 0 if restored["restored"] else 1
+    return _tell(out, gpus, model, rows, cells, truth, set(result.left_out(measured_clocks)))
 
 
 def _sweep(here: Stage, gpus: int, clocks: list[int], seconds: float) -> tuple[list[result.Cell], dict[int, str]]:

@@ -11,10 +11,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from powerd.client import Client
 from powerd.clock import SimClock, Waiter
@@ -52,19 +51,28 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(gpus: int, time_mode: Literal["stepped", "real"]) -> Iterator[Stage]:
-    """A node of so many GPUs in this kind of time, with powerd in control of it."""
+def stage(
+    gpus: int,
+    time_mode: str,
+    *,
+    latency: float | None = None,
+    fit_on: str | None = "every-second",
+    profiles: Mapping[str, Path] | None = None,
+) -> Iterator[Stage]:
+    """A node of so many GPUs in this kind of time (real, stepped, x20), with powerd in control of it.
+
+    ``latency`` multiplies the driver's delays; None: none when time is stepped, else those of a real driver.
+    """
     with contextlib.ExitStack() as children:
         folder = Path(tempfile.mkdtemp(prefix="pd-demo-"))
         children.callback(shutil.rmtree, folder, ignore_errors=True)
-        # The simulator knows every second measured clock only, so that the error at the others means something. Driver calls
-        # take no time on the stepped node: their number while programs start differs from run to run, and with it the latencies.
+        # The sweep's simulator knows every second measured clock only, so that the error at the others means something. Driver
+        # calls take no time there: their number while programs start differs from run to run, and with it the latencies.
         stepped = time_mode == "stepped"
-        node = children.enter_context(
-            create(
-                MODEL, gpus, time_mode, fit_on="every-second", latency=0.0 if stepped else 1.0, first_open_s=1.5 * (not stepped)
-            )
-        )
+        if latency is None:
+            latency = 0.0 if stepped else 1.0
+        made_of = {"fit_on": fit_on, "latency": latency, "first_open_s": 1.5 * (not stepped), "profiles": profiles}
+        node = children.enter_context(create(MODEL, gpus, time_mode, **made_of))  # type: ignore[arg-type]
         hold, made_ns = None, node.now_ns()
         if stepped:
             node.load()

@@ -79,23 +79,39 @@ class Context:
         """Wait `seconds` for communication: the GPU spins at its blocking power."""
         return self._submit(BLOCKED, [], 0.0, 0, seconds)
 
-    def _submit(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> Done:
+    def block(self) -> None:
+        """Wait for communication from now on, at blocking power, until the next work or `rest`; returns at once."""
+        self._begin(BLOCKED, [], 0.0, 0, MAX_SECONDS)
+
+    def rest(self) -> None:
+        """End a `block`: the context stays open and does nothing."""
+        self._begin(RUN, [], 1.0, 0, 0.0)
+
+    def _begin(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> int:
         if not 0.0 <= seconds <= MAX_SECONDS:
             raise ValueError(f"a load lasts 0 to {MAX_SECONDS:.0f} s, not {seconds}")
         array = (Item * max(1, len(items)))(*items)
-        begin, end, energy = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_double()
-        duration_ns, at = round(seconds * 1e9), (self.node.pointer, self.gpu, self._row)
+        begin, at = ctypes.c_uint64(), (self.node.pointer, self.gpu, self._row)
         code = self._library.powerd_sim_work_submit(
-            *at, state, array, len(items), activity, kernel, duration_ns, ctypes.byref(begin)
+            *at, state, array, len(items), activity, kernel, round(seconds * 1e9), ctypes.byref(begin)
         )
-        while code == 0:
-            got = self._library.powerd_sim_work_wait(*at, WAIT_REAL_MS, ctypes.byref(end), ctypes.byref(energy))
-            if got == 0:
-                return Done((end.value - begin.value) / 1e9, energy.value * 1000.0, end.value)
-            code = 0 if got == 1 else got
+        self._check(code)
+        return begin.value
+
+    def _check(self, code: int) -> None:
         if code == 15:
             raise GpuLostError(f"GPU {self.gpu} was lost")
-        raise SimError(f"the simulated GPU {self.gpu} refused the work (code {code})")
+        if code != 0:
+            raise SimError(f"the simulated GPU {self.gpu} refused the work (code {code})")
+
+    def _submit(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> Done:
+        begin_ns = self._begin(state, items, activity, kernel, seconds)
+        end, energy, at = ctypes.c_uint64(), ctypes.c_double(), (self.node.pointer, self.gpu, self._row)
+        while True:
+            got = self._library.powerd_sim_work_wait(*at, WAIT_REAL_MS, ctypes.byref(end), ctypes.byref(energy))
+            if got == 0:
+                return Done((end.value - begin_ns) / 1e9, energy.value * 1000.0, end.value)
+            self._check(0 if got == 1 else got)
 
     def close(self) -> None:
         """Give the context back; twice is harmless."""

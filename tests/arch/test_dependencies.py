@@ -14,6 +14,15 @@ from tests.arch import source_tree as tree
 PROJECT = tomllib.loads((tree.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGE = (tree.ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
 
+#: import -> package of what is not installed beside powerd's own tools (docs/dependencies.md, "Frameworks").
+FRAMEWORKS = {
+    "torch": "torch",
+    "lightning": "lightning",
+    "transformers": "transformers",
+    "megatron": "megatron-core",
+    "deepspeed": "deepspeed",
+}
+
 
 def declared() -> dict[str, Requirement]:
     """Every third-party requirement of the project, its extras, its development tools and its build."""
@@ -49,7 +58,7 @@ def test_every_dependency_is_documented_and_nothing_else_is() -> None:
 
 
 def test_every_dependency_is_pinned_at_a_version_it_allows() -> None:
-    pinned = pins("constraints.txt")
+    pinned = {**pins("constraints-torch.txt"), **pins("constraints.txt")}
     wrong = [
         f"{name} {pinned.get(name)}"
         for name, requirement in declared().items()
@@ -61,12 +70,19 @@ def test_every_dependency_is_pinned_at_a_version_it_allows() -> None:
 def test_the_peers_are_documented_at_the_versions_that_are_pinned() -> None:
     pinned = pins("constraints-peers.txt")
     peers = documented("Peers")
-    assert {"nvitop", "gpustat", "py3nvml", "zeus", "nvidia-ml-py"} == peers
+    assert {"nvitop", "gpustat", "py3nvml", "zeus", "lowtime", "nvidia-ml-py"} == peers
     assert [name for name in peers if f"{name} {pinned[name]}" not in PAGE] == []
 
 
+def test_the_frameworks_are_documented_at_the_versions_that_are_pinned() -> None:
+    pinned = pins("constraints-torch.txt")
+    frameworks = documented("Frameworks")
+    assert frameworks >= set(FRAMEWORKS.values())
+    assert [name for name in frameworks if f"{name} {pinned[name]}" not in PAGE] == []
+
+
 def test_what_the_code_imports_is_declared() -> None:
-    providers = packages_distributions()
+    providers = {**packages_distributions(), **{name: [package] for name, package in FRAMEWORKS.items()}}
     undeclared = [
         f"{module}:{item.line} imports {item.module}"
         for module, items in tree.graph().items()

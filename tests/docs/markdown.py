@@ -1,6 +1,7 @@
 """Reads what the project's pages show: fenced blocks, indented commands, links.
 
-House rules: nothing of a page is retyped in a test; ``text`` blocks are output, every other fence is something that works.
+House rules: nothing of a page is retyped in a test; ``text`` blocks are output, every other fence is something that works
+(``python torch`` in the environment with the frameworks: tests/frameworks).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.M | re.S)
+_FENCE = re.compile(r"^```(\w*(?: torch)?)[^\n]*\n(.*?)^```\s*$", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```\s*$|`[^`\n]*`", re.M | re.S)
 _COMMENT = re.compile(r"\s+#\s.*$")

@@ -88,7 +88,7 @@ def shell(tmp_path: Path) -> Iterator[Callable[[list[str]], Shell]]:
 
 
 def test_every_fence_is_of_a_kind_that_is_tested() -> None:
-    assert markdown.languages() <= {"console", "python", "toml", "sh", "text", "json"}
+    assert markdown.languages() <= {"console", "python", "python torch", "toml", "sh", "text", "json"}
 
 
 @pytest.mark.parametrize("block", markdown.blocks("console"), ids=str)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from powerd_policies.perseus import document, profile, solve
+from powerd_policies.perseus.switching import Switching
 from tests.docs.markdown import ROOT
 
 PAGE = ROOT / "docs" / "perseus.md"
@@ -54,7 +55,7 @@ def test_the_page_shows_what_its_commands_print(printed: dict[str, str]) -> None
 def test_every_key_of_a_job_is_on_the_page() -> None:
     table = PAGE.read_text(encoding="utf-8").partition("## JOB.json")[2].partition("## ")[0]
     assert [key for key in document.JobFile.__dataclass_fields__ if f"`{key}`" not in table] == []
-    assert [key for key in document.Switching.__dataclass_fields__ if f"`{key}`" not in table] == []
+    assert [key for key in Switching.__dataclass_fields__ if f"`{key}`" not in table] == []
 
 
 def test_the_plan_on_the_page_is_the_one_that_is_made() -> None:

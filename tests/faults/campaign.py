@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+from benchmarks.report import Report, write
 from powerd.killpoint import KILL_POINTS
 from tests.faults.rig import (
     BASELINE,
@@ -166,12 +167,25 @@ def campaign(strikes: int, seed: int, points: tuple[str, ...] = KILL_POINTS, qui
     return score
 
 
+def _report(score: Score, strikes: int, seed: int) -> Report:
+    """The campaign as a section of results.md."""
+    made = Report("kills", "daemon, powerd-hw or client killed at every boundary in turn, settings looked at through NVML", True)
+    made.command = f"python -m tests.faults.campaign --strikes {strikes} --seed {seed} --write"
+    made.add("kills", sum(score.strikes.values()), "")
+    made.add("broken promises", len(score.failures), "", "0")
+    made.add("kill points", len(score.strikes), "")
+    made.add("kill points never reached", len(score.unreached), "", "0")
+    made.add("slowest restore after a client's death", max((s * 1000 for s in score.slowest_s.values()), default=0.0), "ms")
+    return made
+
+
 def main() -> int:
     """Run a campaign and print what it found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--strikes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--point", action="append")
+    parser.add_argument("--write", action="store_true", help="put the result into benchmarks/results.md")
     arguments = parser.parse_args()
     score = campaign(arguments.strikes, arguments.seed, tuple(arguments.point or KILL_POINTS), quiet=False)
     print(f"{sum(score.strikes.values())} kills (simulated node), {len(score.failures)} broken promises")
@@ -181,6 +195,8 @@ def main() -> int:
     for point in sorted(score.unreached):
         print(f"  {point:28s} never reached")
     print("\n".join(score.failures))
+    if arguments.write:
+        write([_report(score, arguments.strikes, arguments.seed)])
     return 1 if score.failures or score.unreached else 0
 
 

@@ -136,6 +136,23 @@ def test_waiting_for_others_draws_blocking_power(make_node: Any) -> None:
     assert done.energy_mj / 10_000 == pytest.approx(83.6, rel=0.02)
 
 
+def test_a_wait_of_unknown_length_draws_blocking_power_until_work_or_rest(make_node: Any) -> None:
+    node = make_node("a100-pcie")
+    with Context(0, node=node) as context:
+        context.blocked(60.0)  # warm
+        context.block()
+        before_mj = node.true_energy_mj(0)
+        node.advance(10.0)
+        assert (node.true_energy_mj(0) - before_mj) / 10_000 == pytest.approx(83.6, rel=0.02)
+        assert context.run([("decode", 1.0)]).seconds == pytest.approx(1.0, rel=0.01), "work begins at once"
+        context.block()
+        context.rest()
+        node.advance(60.0)
+        before_mj = node.true_energy_mj(0)
+        node.advance(10.0)
+        assert (node.true_energy_mj(0) - before_mj) / 10_000 == pytest.approx(80.0, rel=0.02), "a context that does nothing"
+
+
 def test_heat_follows_power_with_a_time_constant_and_leaks(make_node: Any) -> None:
     node = make_node()
     start = node.view(0).temperature_c

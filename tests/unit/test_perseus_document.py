@@ -51,7 +51,9 @@ def test_the_issues_job_is_read() -> None:
         ({"schedule": "1F1B"}, "'1F1B' is not known, '1f1b' is"),
         ({"recompute": 1}, "recompute is 1, not true or false"),
         ({"data_parallel": 0}, "data_parallel is 0"),
-        ({"switching": {"set_latency": 0.005}}, "did you mean 'set_latency_s'"),
+        ({"switching": {"latency": 0.005}}, "did you mean 'latency_s'"),
+        ({"switching": {"latency_s": -1}}, "switching.latency_s is -1"),
+        ({"switching": {"serialised": 1}}, "switching.serialised is 1, not true or false"),
         ({"order": []}, "order is a list of ranks"),
         ({"order": [[[0, "forward"]]]}, "order of rank 0, instruction 0"),
     ],
@@ -117,6 +119,15 @@ def test_the_numbers_of_a_plan_add_up() -> None:
         8 * sum(r["energy"] * 3 for r in ROWS if r["frequency"] == 1400)
         + 8 * 80.0 * (2 * base["iteration_time_s"] - sum(r["time"] * 3 for r in ROWS if r["frequency"] == 1400))
     )
+
+
+def test_a_plan_that_knows_what_changes_cost_keeps_its_deadline_with_them() -> None:
+    slow = {"latency_s": 0.02, "min_dwell_s": 0.0, "serialised": True, "ranks_per_node": 2}
+    out = solve.answer(request(job={**JOB, "switching": slow}, deadline="1.1x"))
+    assert out["switching"]["iteration_time_s"] <= out["deadline_s"] * (1 + 1e-9)
+    assert out["switching"]["switches"] >= 0
+    assert out["job"]["switching"] == slow
+    assert "switching" not in solve.answer(request())
 
 
 def test_the_baseline_is_one_whatever_the_deadline() -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,12 @@ from powerd.errors import RequestError
 from powerd_policies.perseus import baselines, dag, profile, schedules
 from powerd_policies.perseus.problem import Instruction, Kind, Order, Plan, Problem
 from powerd_policies.perseus.profile import NOISE, Row
+from powerd_policies.perseus.switching import Switching
 
 #: How much the rows of a running job may contradict each other: a planner that refuses them would end the saving, not the noise.
 LIVE_NOISE = 0.5
 #: Stages times microbatches: 256 ranks with 1,024 microbatches.
 MOST = 2**18
-
-
-@dataclass(frozen=True, slots=True)
-class Switching:
-    """What setting a clock costs on this node."""
-
-    set_latency_s: float = 0.005  # of one call; calls for different GPUs of a node wait for each other
-    minimum_dwell_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +45,7 @@ class JobFile:
     recompute: bool = False
     noise: float = NOISE
     order: tuple[tuple[Instruction, ...], ...] | None = None  # recorded; then schedule, stages and microbatches only describe
-    switching: Mapping[str, float] | None = None
+    switching: Switching | None = None  # what it costs to change a clock
 
     @property
     def gpus_per_stage(self) -> int:
@@ -84,7 +77,7 @@ class JobFile:
         if self.order is not None:
             made["order"] = [[[s.stage, str(s.kind), s.microbatch] for s in steps] for steps in self.order]
         if self.switching is not None:
-            made["switching"] = dict(self.switching)
+            made["switching"] = asdict(self.switching)
         return made
 
 
@@ -214,6 +207,12 @@ def to_json(plan: Plan, baseline: Plan, job: JobFile | None = None) -> dict[str,
             for node, option, start in zip(plan.problem.dag.nodes, options, starts.tolist(), strict=True)
         ],
     }  # fmt: skip
+    if plan.realised is not None:
+        made["switching"] = {
+            "iteration_time_s": plan.realised.iteration_time_s,
+            "energy_j": plan.realised.energy_j * times,
+            "switches": plan.realised.switches,
+        }
     if job is not None:
         made["job"] = job.to_json()
     return made
@@ -254,11 +253,20 @@ def _order(content: object, name: str) -> tuple[tuple[Instruction, ...], ...]:
     return tuple(made)
 
 
-def _switching(content: object, name: str) -> dict[str, float]:
+def _switching(content: object, name: str) -> Switching:
     if not isinstance(content, Mapping):
         raise _bad(f"{name}: switching is an object, not {_type(content)}")
     known_keys(content, [f.name for f in fields(Switching)], f"{name}: switching")
-    return {key: _float(value, f"{name}: switching.{key}", least=0.0) for key, value in content.items()}
+    made: dict[str, Any] = {}
+    for key, value in content.items():
+        place = f"{name}: switching.{key}"
+        if key == "serialised":
+            if not isinstance(value, bool):
+                raise _bad(f"{place} is {json.dumps(value)}, not {_TYPES[bool]}")
+            made[key] = value
+        else:
+            made[key] = _integer(value, place, 1) if key == "ranks_per_node" else _float(value, place, least=0.0)
+    return Switching(**made)
 
 
 def known_keys(content: Mapping[Any, Any], valid: Iterable[str], name: str) -> None:

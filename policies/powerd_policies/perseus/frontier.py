@@ -1,6 +1,6 @@
 """All plans worth having, from the fastest to the one of least energy, found once and looked up ever after.
 
-House rules: pure (text in, text out is ``dumps`` and ``loads``; files are ``save`` and ``load``); a frontier belongs to one problem,
+House rules: text comes and goes by ``loads`` and ``dumps``, files by ``load`` and ``save``; a frontier belongs to one problem,
 told by a fingerprint, and refuses another; a lookup solves nothing.
 """
 

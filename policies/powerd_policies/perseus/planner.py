@@ -56,7 +56,12 @@ class Planner:
             at_rest = Plan(self.problem, self.cheapest, deadline_s, -math.inf)
             return Plan(self.problem, self.cheapest, deadline_s, at_rest.energy_j)
         relaxed = self.network.solve(deadline_s)
-        return Plan(self.problem, to_clocks(self.problem, relaxed, deadline_s, efforts), deadline_s, relaxed.lower_bound_j)
+        return Plan(
+            self.problem,
+            to_clocks(self.problem, relaxed, deadline_s, self.network.solve, efforts),
+            deadline_s,
+            relaxed.lower_bound_j,
+        )
 
     def checked(self, deadline_s: float) -> float:
         """The deadline, which is a possible one."""

@@ -2,8 +2,8 @@
 
 House rules: pure; the events of the network are the starts and ends of instructions, those that must coincide made one; an
 instruction is one arc per hull corner, with the corner's time as length and the change of slope there as capacity, so that the
-flow through it is the price of its time in watts. Lengths are rounded up to the integers that the solver wants; the lower bound is computed from the flow with the real times and energies, which makes it one for
-any flow that is conserved (weak duality), whatever was rounded.
+flow through it is the price of its time in watts. Lengths are rounded up to the integers that the solver wants; the lower bound
+is computed from the flow with the real times and energies, which makes it one for any flow that is conserved (weak duality).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ try:
 except ImportError:  # slower, the same optimum: see highs()
     min_cost_flow = None
 
-TIME_STEPS = 2**25  # of the deadline
-SLOPE_STEPS = 2**21  # of the steepest hull
-UNLIMITED = 2**40  # capacity of what cannot be made faster
+# Fine enough to lose less than a millionth of the energy; finer ones cost the solver time.
+TIME_STEPS = {2000: 2**25, 2**62: 2**23}  # of the deadline, by number of instructions
+SLOPE_STEPS = 2**14  # of the steepest hull
+UNLIMITED = 2**26  # capacity of what cannot be made faster
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,21 @@ class Relaxed:
 
     times_s: Floats  # of each node
     price_w: Floats  # of each node: what one second less of it would cost, in joules
+    edges: Ints
     edge_price_w: Floats  # of each edge of the dag: what one second of slack on it costs
     deadline_price_w: float
     lower_bound_j: float
+
+    @cached_property
+    def edge_prices(self) -> dict[tuple[int, int], float]:
+        """The same by edge."""
+        return {(a, b): w for (a, b), w in zip(self.edges.tolist(), self.edge_price_w.tolist(), strict=True)}
+
+    @cached_property
+    def cap_w(self) -> float:
+        """More than any usual price: what cannot be made faster at all may have one without bounds."""
+        paid = self.price_w[self.price_w > 0]
+        return 10.0 * float(np.median(paid)) if len(paid) else 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class Network:
     def flow(self, deadline_s: float) -> Relaxed:
         """By OR-tools' min-cost flow."""
         node, time, left, right = self.corners
-        unit_s = deadline_s / TIME_STEPS
+        unit_s = deadline_s / next(steps for most, steps in TIME_STEPS.items() if self.nodes <= most)
         unit_w = max((float(h.slopes_w[0]) for h in self.hulls if len(h.slopes_w)), default=1.0) / SLOPE_STEPS
         length = np.ceil(time / unit_s).astype(np.int64)
         high = np.where(np.isinf(left), UNLIMITED, np.round(np.minimum(left, 1e300) / unit_w)).astype(np.int64)
@@ -136,10 +149,16 @@ class Network:
         gap_flow = flow[arcs : arcs + gaps]
         moment = self._moments(shortest, np.where(through > 0, longest, -1), gap_flow, total if flow[-1] else 0)
         units = np.clip(moment[self.end] - moment[self.start], shortest, longest)
-        times = units * unit_s
+        times: Floats = units * unit_s
         exact = fits & (length == units[node])
         times[node[exact]] = time[exact]  # at a corner: its own time, not the rounded one
-        return self._relaxed(times, through * unit_w, gap_flow * unit_w, float(flow[-1]) * unit_w, deadline_s)
+        return self._relaxed(
+            times,
+            np.asarray(through * unit_w, np.float64),
+            np.asarray(gap_flow * unit_w, np.float64),
+            float(flow[-1]) * unit_w,
+            deadline_s,
+        )
 
     def _moments(self, shortest: Ints, longest: Ints, gap_flow: Ints, total: int) -> Ints:
         """Earliest moments of the events in an optimum: the solver's potentials, which its interface does not give.
@@ -227,7 +246,7 @@ class Network:
             price_w[after],
             np.where(np.bincount(before, minlength=self.nodes)[before] == 1, price_w[before], 0.0),
         ) * (self.end[before] == self.start[after])
-        return Relaxed(times_s, price_w, edge_w, deadline_w, bound_j(problem, price_w, deadline_w, deadline_s))
+        return Relaxed(times_s, price_w, problem.dag.edges, edge_w, deadline_w, bound_j(problem, price_w, deadline_w, deadline_s))
 
 
 def bound_j(problem: Problem, price_w: Floats, deadline_w: float, deadline_s: float) -> float:

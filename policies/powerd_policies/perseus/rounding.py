@@ -7,6 +7,7 @@ that partial plans can be compared while they are built; a plan that would be la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,8 @@ from powerd_policies.perseus.search import IN_TIME, Search
 
 TOLERANCE = 1e-12  # of the deadline: float error of a longest path
 ENOUGH = 1e-4  # of the lower bound: closer to it nobody will notice
-OPTIONS = 8  # per node, by reduced cost
+RESTARTS = (0.3, 0.6, 1.0, 1.5)
+OPTIONS = 11  # per node, by reduced cost
 EXACT_WIDTH = 20_000  # partial plans kept when all of them are wanted
 EXACT_NODES = 12
 
@@ -30,21 +32,22 @@ class Effort:
     eager: tuple[float, ...]  # one search by partial plans for each
     width: int  # partial plans kept
     turns: int  # along chains
-    windows: tuple[int, ...]  # sizes in instructions, one pass each ...
-    target: float  # ... but none within this share of the lower bound
+    passes: int  # through windows ...
+    target: float  # ... until within this share of the lower bound
+    longer: tuple[float, ...] = ()  # starts anew from optima of deadlines longer by these shares, until within the target
 
 
 #: What a plan is worth: the more instructions, the less can be spent on each.
 EFFORTS = (
-    Effort(256, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 128, (24, 40, 40), 0.001),
-    Effort(400, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 40, (24,), 0.00145),
-    Effort(600, (0.2, 1.0), 256, 8, (24, 40), 0.009),
-    Effort(1600, (0.05, 0.2, 0.5, 0.7, 1.0), 256, 40, (24, 40), 0.0068),
-    Effort(4000, (0.2, 1.0), 64, 8, (24,), 0.0096),
-    Effort(2**62, (0.2, 1.0), 64, 2, (24,), 0.0096),
+    Effort(256, (0.05, 0.2, 0.6, 1.0, 1.5), 256, 24, 3, 0.0014, (0.0, 0.0003, 0.0005, 0.0007, 0.0009, 0.0011)),
+    Effort(400, (0.05, 0.1, 0.2, 0.6, 1.0, 1.3), 256, 24, 8, 0.0014),
+    Effort(600, (0.2, 1.0), 256, 8, 3, 0.009),
+    Effort(1600, (0.05, 0.2, 0.5, 0.7, 1.0), 256, 16, 12, 0.0014),
+    Effort(4000, (0.2, 1.0), 64, 2, 1, 0.0096),
+    Effort(2**62, (1.0,), 64, 2, 1, 0.0096),
 )
 #: One of many plans, as for a frontier.
-QUICK = (Effort(2000, (0.2, 1.0), 64, 8, (), 1.0), Effort(2**62, (1.0,), 64, 2, (), 1.0))
+QUICK = (Effort(2000, (0.2, 1.0), 64, 8, 0, 1.0), Effort(2**62, (1.0,), 64, 2, 0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def beam(
     due = np.minimum(late + relaxed.times_s + (deadline_s - total), limit)
     limit = limit + deadline_s * TOLERANCE
     order = np.lexsort((np.arange(len(late)), late)).tolist()
-    edge_price = dict(zip(map(tuple, dag.edges.tolist()), relaxed.edge_price_w.tolist(), strict=True))
+    edge_price = relaxed.edge_prices
     waiting = [len(after) for after in dag.after]
     above = np.zeros(1)
     row: dict[int, int] = {}
@@ -167,8 +170,14 @@ def beam(
     return Found(choice, float(above[best]), complete)
 
 
-def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, efforts: tuple[Effort, ...] = EFFORTS) -> Ints:
-    """An option of every node, in time; exact when there are few nodes."""
+def to_clocks(
+    problem: Problem,
+    relaxed: Relaxed,
+    deadline_s: float,
+    relax: Callable[[float], Relaxed],
+    efforts: tuple[Effort, ...] = EFFORTS,
+) -> Ints:
+    """An option of every node, in time; exact when there are few nodes. ``relax`` finds the optimum of another deadline."""
     effort = next(effort for effort in efforts if len(problem.table) <= effort.nodes)
     blocking_j = problem.blocking_j(deadline_s)
     counts = np.array([len(column) for column in problem.columns.times_s])
@@ -196,16 +205,30 @@ def to_clocks(problem: Problem, relaxed: Relaxed, deadline_s: float, efforts: tu
                 return best
     if (quickest == best).all() and not np.isfinite(energy_j(best)):
         return best
-    usable = [np.union1d(row, [chosen]) for row, chosen in zip(options.options, best.tolist(), strict=True)]
-    search = Search(problem, usable, best, deadline_s)
 
     def enough(effective_j: float) -> bool:
-        return effective_j + blocking_j <= relaxed.lower_bound_j * (1 + min(effort.target, ENOUGH))
+        return effective_j + blocking_j <= relaxed.lower_bound_j * (1 + ENOUGH)
 
     def acceptable(effective_j: float) -> bool:
         return effective_j + blocking_j <= relaxed.lower_bound_j * (1 + effort.target)
 
-    search.chains(effort.turns, enough)
-    for size in effort.windows:
-        search.windows(size, acceptable)
-    return search.result
+    def improved(choice: Ints, prices: Relaxed, options: Candidates) -> Ints:
+        usable = [np.union1d(row, [chosen]) for row, chosen in zip(options.options, choice.tolist(), strict=True)]
+        search = Search(problem, usable, choice, deadline_s)
+        search.chains(effort.turns, enough)
+        for _ in range(effort.passes):
+            if not search.windows(prices, acceptable):
+                break
+            search.chains(2, acceptable)
+        return search.result
+
+    best = improved(best, relaxed, options)
+    for share in effort.longer:
+        prices = relax(deadline_s * (1 + share)) if share else relaxed
+        options = candidates(problem, prices, OPTIONS + 1)
+        for eager in RESTARTS:
+            if acceptable(energy_j(best) - blocking_j):
+                return best
+            if (plan := beam(problem, prices, deadline_s, options, effort.width, eager)) is not None:
+                best = min(best, improved(plan.choice, prices, options), key=energy_j)
+    return best

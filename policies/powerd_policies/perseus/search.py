@@ -1,8 +1,7 @@
 """Better clocks from good ones: every step keeps the plan in time and takes no more energy than before.
 
-House rules: pure and deterministic (its random numbers have a fixed seed, its solver a limit of nodes, not of time); two
-neighbourhoods: whole chains of instructions at once, each solved exactly between fixed hand-over moments, and short windows of
-time over all ranks as small integer programs.
+House rules: pure and deterministic (its random numbers have a fixed seed); two neighbourhoods: whole chains of instructions at
+once, each solved exactly between fixed hand-over moments, and short windows of time over all ranks.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
-from powerd_policies.perseus.problem import Dag, Ints, Problem
+from powerd_policies.perseus.problem import Dag, Floats, Ints, Problem
+from powerd_policies.perseus.relax import Relaxed
 
 IN_TIME = 1e-10  # of the deadline: float error that is not lateness
 LABELS = 48  # partial plans kept per chain
 ROUND = 8  # turns
-WORTHWHILE = 5e-5  # of the energy, per round
-WINDOW_STEPS = 100.0  # a window's length in the integer program's unit of time, which keeps its tolerances far below it
-WINDOW_NODES = 60  # branch-and-bound nodes per window
+WORTHWHILE = 5e-5  # of the energy, per round or pass
+WINDOW = 32  # instructions
+WIDTH = 300  # partial plans kept of a window
+EAGER = (0.0, 0.1, 0.3, 0.6, 1.0)  # share of a node's price at which ending early counts as waste
 
 
 class Search:
@@ -136,70 +135,69 @@ class Search:
         share = float(self.random.random())
         return float(round(share)) if self.random.random() < whole else share
 
-    def windows(self, size: int, enough: Callable[[float], bool]) -> None:
-        """Improve ``size`` instructions that start one after the other, in overlapping windows from start to end."""
-        for first in range(0, max(1, len(self.every) - size // 2), size // 2):
-            if enough(self.energy_j):
-                return
-            start = self.problem.dag.schedule(self.times[self.every, self.choice])[0]
-            order = np.lexsort((self.every, start))
-            if (found := self._window(order[first : first + size])) is not None:
-                self._accept(found)
+    def windows(self, prices: Relaxed, enough: Callable[[float], bool]) -> bool:
+        """Improve what starts within a short time over all ranks, in overlapping windows from start to end.
 
-    def _window(self, free: Ints) -> Ints | None:
-        """The best options of these nodes while all others keep theirs: nothing outside lies between two of them."""
-        dag, size, width = self.problem.dag, len(free), self.times.shape[1]
-        times = self.times[self.every, self.choice]
-        early, late, total = dag.schedule(times)
-        late = late + (self.deadline_s - total)
-        place = {node: index for index, node in enumerate(free.tolist())}
-        release, due = np.zeros(size), np.full(size, self.deadline_s)
-        inner: list[tuple[int, int]] = []
-        for node, index in place.items():
-            for other in dag.before[node]:
-                if other in place:
-                    inner.append((place[other], index))
-                else:
-                    release[index] = max(release[index], early[other] + times[other])
+        Whether that was worth it, so that more of it may be.
+        """
+        before = self.energy_j
+        first = -int(self.random.integers(0, WINDOW // 2))
+        while first < len(self.every) and not enough(self.energy_j):
+            start, late, total = self.problem.dag.schedule(self.times[self.every, self.choice])
+            order = np.lexsort((self.every, start))
+            free = order[max(0, first) : first + WINDOW].tolist()
+            late = late + (self.deadline_s - total)
+            if free and (found := self._window(free, start, late, prices, float(self.random.choice(EAGER)))) is not None:
+                self._accept(found)
+            first += WINDOW // 2
+        return before - self.energy_j > 0.2 * WORTHWHILE * abs(before)
+
+    def _window(self, free: list[int], early: Floats, late: Floats, prices: Relaxed, eager: float) -> Ints | None:
+        """The best options found for these nodes while all others keep theirs: nothing outside lies between two of them.
+
+        Plans of the window are built node by node, the ``WIDTH`` best partial ones by these prices kept.
+        """
+        dag, price, edge_price = self.problem.dag, prices.price_w, prices.edge_prices
+        ends_now = early + self.times[self.every, self.choice]
+        row = {node: index for index, node in enumerate(free)}
+        due = [min((late[n] for n in dag.after[node] if n not in row), default=self.deadline_s) for node in free]
+        limit = list(due)  # later than this the others cannot make up for it
+        for index in range(len(free) - 1, -1, -1):
+            inside = [row[n] for n in dag.after[free[index]] if n in row]
+            limit[index] = min([due[index], *(limit[n] - self.times[free[n], 0] for n in inside)])
+        cap = prices.cap_w
+        priced, energy = np.zeros(1), np.zeros(1)
+        ends = np.zeros((len(free), 1))
+        trail: list[tuple[Ints, Ints]] = []
+        for index, node in enumerate(free):
+            before = [ends[row[n]] if n in row else np.full(len(priced), ends_now[n]) for n in dag.before[node]]
+            start = np.max(before, axis=0) if before else np.zeros(len(priced))
+            for other, end_before in zip(dag.before[node], before, strict=True):
+                if edge_price[other, node] > 0:
+                    priced = priced + min(edge_price[other, node], cap) * (start - end_before)
+            own = min(float(price[node]), cap)
+            count = int(np.isfinite(self.times[node]).sum())
+            times, joules = self.times[node, :count], self.energies[node, :count]
+            end = start[:, None] + times
+            cost = priced[:, None] + (joules + own * times)
             for other in dag.after[node]:
-                if other not in place:
-                    due[index] = min(due[index], late[other])
-        origin = float(release.min())
-        unit = WINDOW_STEPS / max(float(due.max()) - origin, 1e-300)
-        usable = np.isfinite(self.times[free])
-        length = np.where(usable, self.times[free], 0.0) * unit
-        energy = np.where(usable, self.energies[free], np.inf)
-        least = energy.min(axis=1)
-        cost = np.where(usable, energy - least[:, None], 0.0)
-        # Variables: the start of every node, then one zero-or-one per node and option.
-        edges = np.array(inner, np.int64).reshape(-1, 2)
-        rows = np.arange(len(edges))
-        column = size + np.arange(size * width).reshape(size, width)
-        ends = len(edges) + np.arange(size)
-        row = np.concatenate([rows, rows, np.repeat(rows, width), ends, np.repeat(ends, width)])
-        col = np.concatenate([edges[:, 1], edges[:, 0], column[edges[:, 0]].ravel(), np.arange(size), column.ravel()])
-        value = np.concatenate(
-            [np.ones(len(edges)), -np.ones(len(edges)), -length[edges[:, 0]].ravel(), -np.ones(size), -length.ravel()]
-        )
-        later = sparse.csr_array((value, (row, col)), (len(edges) + size, size * (width + 1)))
-        one = sparse.csr_array(
-            (np.ones(size * width), (np.repeat(np.arange(size), width), column.ravel())), (size, size * (width + 1))
-        )
-        floor = np.concatenate([np.zeros(len(edges)), -(due - origin) * unit])
-        found = milp(
-            np.concatenate([np.zeros(size), cost.ravel()]),
-            integrality=np.concatenate([np.zeros(size), np.ones(size * width)]),
-            bounds=Bounds(
-                np.concatenate([(release - origin) * unit, np.zeros(size * width)]),
-                np.concatenate([(due - origin) * unit, usable.ravel().astype(float)]),
-            ),
-            constraints=[LinearConstraint(later, floor, np.inf), LinearConstraint(one, 1, 1)],
-            options={"node_limit": WINDOW_NODES, "mip_rel_gap": 1e-2, "presolve": False},
-        )
-        if found.x is None:
-            return None
+                if other not in row and edge_price[node, other] > 0:
+                    cost = cost + min(edge_price[node, other], cap) * (due[index] - end)
+            rank = cost + eager * own * (limit[index] - end)
+            rank = np.where(end <= limit[index] + self.deadline_s * 1e-13, rank, np.inf).ravel()
+            keep = min(WIDTH, int(np.isfinite(rank).sum()))
+            if not keep:
+                return None
+            picked = np.argpartition(rank, keep - 1)[:keep] if keep < len(rank) else np.arange(len(rank))
+            parent, option = np.divmod(picked, count)
+            priced, energy = cost.ravel()[picked], (energy[:, None] + joules).ravel()[picked]
+            ends = ends[:, parent]
+            ends[index] = end.ravel()[picked]
+            trail.append((parent, option))
+        best = int(energy.argmin())
         choice = self.choice.copy()
-        choice[free] = found.x[size:].reshape(size, width).argmax(axis=1)
+        for node, (parent, option) in zip(reversed(free), reversed(trail), strict=True):
+            choice[node], best = option[best], int(parent[best])
         return choice
 
 

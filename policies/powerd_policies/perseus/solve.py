@@ -42,7 +42,7 @@ def solve_problem(job: JobFile, problem: Problem, deadline: str | float) -> Solv
 
     baseline = baselines.max_clock(problem)
     deadline_s = document.deadline_s(deadline, baseline.iteration_time_s, document.shortest_s(problem))
-    return Solved(job, planner.plan(problem, deadline_s), baseline)
+    return Solved(job, planner.plan(problem, deadline_s, job.switching), baseline)
 
 
 def answer(content: object) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class _Pipeline:
         """Time and energy of an instruction at a clock, between the options measured next to it where it has none."""
         key = (table, mhz)
         if key not in self.at_clock:
-            rows = sorted((o.mhz, o.time_s, o.energy_j) for o in self.problem.tables[table] if o.mhz is not None)
+            measured = (self.problem.measured or self.problem.tables)[table]
+            rows = sorted((o.mhz, o.time_s, o.energy_j) for o in measured if o.mhz is not None)
             known, times, energies = (np.array(column, float) for column in zip(*rows, strict=True))
             self.at_clock[key] = (float(np.interp(mhz, known, times)), float(np.interp(mhz, known, energies)))
         return self.at_clock[key]
@@ -124,7 +125,7 @@ class _Pipeline:
                     busy_j += energy
                     heapq.heappush(running, (now + times[after], after))
         blocked_s = dag.ranks * deadline_s - float(times.sum())
-        return Realised(start, times, total, busy_j + self.problem.blocking_power_w * blocked_s, switches)
+        return Realised(start, times, float(total), float(busy_j + self.problem.blocking_power_w * blocked_s), switches)
 
     def _spend(
         self, node: int, choice: Ints, wanted: list[int | None], pending: list[list[tuple[float, int]]], now: float
@@ -162,7 +163,8 @@ def settle(plan: Plan, switching: Switching, tighter: Callable[[float], Plan | N
     plans = [plan]
     if late_s > LATE * plan.deadline_s and tighter is not None:
         plans += [found for share in TIGHTER if (found := tighter(plan.deadline_s - share * late_s)) is not None]
-    for choice, origin in [(choice, source.choice) for source in plans for choice in _starts(source, pipeline)]:
+    for start, origin in [(start, source.choice) for source in plans for start in _starts(source, pipeline)]:
+        choice = start
         for _ in range(ROUNDS):
             realised = pipeline.run(choice, plan.deadline_s)
             soonest = min(soonest, realised.iteration_time_s)

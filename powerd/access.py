@@ -25,6 +25,7 @@ class Origin(StrEnum):
     UNIX = "unix"
     TCP = "tcp"
     TCP_TOKEN = "tcp_token"  # noqa: S105 (a kind, not a secret)
+    TCP_READER = "tcp_reader"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def may_control(who: Principal, rules: Rules) -> Decision:
         return Decision(True, "bearer token")
     if who.origin is Origin.TCP:
         return Decision(False, "TCP without the bearer token")
+    if who.origin is Origin.TCP_READER:
+        return Decision(False, "the read token only reads")
     if who.foreign:
         return Decision(False, "callers in a foreign PID namespace only read")
     if who.uid in (0, rules.daemon_uid):
@@ -89,6 +92,8 @@ def may_read_all(who: Principal, rules: Rules) -> Decision:
         return control
     if who.origin is Origin.TCP:
         return Decision(rules.loopback_reads, "tcp.loopback_reads")
+    if who.origin is Origin.TCP_READER:
+        return Decision(True, "read token")
     if rules.open_reads:
         return Decision(True, "access.open_reads")
     if who.foreign and who.uid in (0, rules.daemon_uid):

@@ -100,6 +100,7 @@ class TcpConfig:
     certificate: str = _key("", "PEM file of the server certificate; needed unless the address is loopback")
     key: str = _key("", "PEM file of the private key")
     token_file: str = _key("", "file with one bearer token; needed for everything but permitted loopback reads")
+    read_token_file: str = _key("", "file with a bearer token that reads everything and sets nothing, such as for Prometheus")
     loopback_reads: bool = _key(False, "reads from loopback without a token")
 
 
@@ -118,6 +119,8 @@ class MetricsConfig:
     """``[metrics]``: the Prometheus page."""
 
     enabled: bool = _key(True, "serve /metrics")
+    dcgm: bool = _key(False, "serve /metrics/dcgm too: the same GPUs under dcgm-exporter's names, labels and units")
+    job_names: bool = _key(True, "series for every training job by its name; false where there are too many names")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ Made by `python -m powerd.configdoc`; do not edit.
 powerd reads one TOML file, `/etc/powerd/powerd.toml` (as an ordinary user `$XDG_CONFIG_HOME/powerd/powerd.toml`), and then every
 `powerd.d/*.toml` beside it in order. A file that is wrong anywhere is refused as a whole, with file, line and the nearest valid
 name, exit code 78. `powerd check-config [FILE]` says so without starting anything. `SIGHUP` reads it anew; a file that is wrong then
-changes nothing, and `GET /v1/node` shows the error. `daemon.run_dir`, `daemon.state_dir`, `[store]`, `[metrics]`, `[influx]` and
-`tcp.listen` take effect at the next start; `[hw]`, `[limits]` and `[baseline]` are read by powerd-hw itself as well, which trusts only a file
-that root or its own user alone can write.
+changes nothing, and `GET /v1/node` shows the error. `daemon.run_dir`, `daemon.state_dir`, `[store]`, `metrics.enabled`, `[influx]` and
+`tcp.listen` take effect at the next start; `[hw]`, `[limits]` and `[baseline]` are read by powerd-hw itself as well, which trusts only
+a file that root or its own user alone can write.
 """
 
 

@@ -7,6 +7,7 @@ view.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,11 @@ from powerd.errors import DeniedError, RequestError, UnavailableError
 from powerd.lease import Lease, token_matches
 from powerd.model import Event, Reading
 from powerd.openapi import document
+from powerd.sinks import dcgm
 from powerd.sinks.influx import InfluxSink
 from powerd.sinks.metrics import Metrics
 from powerd.sinks.store import DEFAULT_COLUMNS, Store
+from powerd.sinks.whose import show_setpoints
 from powerd.sse import MAX_CLIENTS, Hub
 from powerd.views import explain_view, lease_view
 from powerd.windows import EnergyWindows
@@ -181,6 +184,8 @@ class Handlers:
         self.metrics_page.leases(counts)
         self.metrics_page.plans(len(self.engine.plans), self.engine.plans.beats, self.engine.plans.switches)
         self.metrics_page.gpus(self.node.capabilities.values())
+        holders = {lease.id: lease.user for lease in self.engine.leases.values() if lease.live}
+        show_setpoints(self.metrics_page, self.engine.setpoints.current.values(), holders)
         view = self.node_view()
         for name, value in (
             ("powerd_hw_connected", view.hw_connected), ("powerd_control_enabled", view.control), ("powerd_panic", view.panic),
@@ -196,6 +201,14 @@ class Handlers:
         accept = call.request.headers.get("Accept", "")
         body, media = self.metrics_page.render(accept, self.engine.clock.now_ns())
         return web.Response(body=body, headers={**call.headers, "Content-Type": media})
+
+    async def dcgm(self, call: Call) -> web.Response:
+        self._must_read_all(call)
+        config = self.engine.config.metrics
+        if not (config.enabled and config.dcgm):
+            raise RequestError("dcgm-exporter's names are off", hint="set dcgm = true in [metrics]", code="not_found")
+        text = dcgm.page(self.node.snapshot, self.node.capabilities, socket.gethostname())
+        return web.Response(body=text.encode(), headers={**call.headers, "Content-Type": dcgm.CONTENT_TYPE})
 
     async def openapi(self, call: Call) -> web.Response:
         if self._document is None:
@@ -367,7 +380,7 @@ class Handlers:
     def table(self) -> dict[str, Handler]:
         """Route name -> handler."""
         return {
-            "healthz": self.healthz, "metrics": self.metrics, "openapi": self.openapi, "node": self.node_info,
+            "healthz": self.healthz, "metrics": self.metrics, "dcgm": self.dcgm, "openapi": self.openapi, "node": self.node_info,
             "snapshot": self.snapshot, "stream": self.stream, "leases": self.leases, "lease_create": self.lease_create,
             "lease": self.lease, "lease_change": self.lease_change, "lease_heartbeat": self.lease_heartbeat,
             "lease_release": self.lease_release, "explain": self.explain, "window_begin": self.window_begin,

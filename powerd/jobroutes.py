@@ -14,15 +14,17 @@ from aiohttp import web
 from powerd.access import Origin, View, may_control, may_read_all
 from powerd.api import MAX_BODY_BYTES, Ack, JobEvent, SpansRequest
 from powerd.call import Call, Handler
-from powerd.clock import standing
+from powerd.clock import NS, standing
 from powerd.decode import decode
 from powerd.errors import DeniedError, RequestError
 from powerd.handlers import Handlers
 from powerd.jobs import JobTable
 from powerd.sinks.metrics import Metrics
+from powerd.sinks.whose import show_jobs
 from powerd.solver_child import Solver
 from powerd.trace import EnergySpans
 
+_SHOWN_NS = 600 * NS  # for so long a job that has ended stays on the Prometheus page: long enough to be scraped
 _HINT = "run a process on it or hold a lease"
 
 
@@ -111,7 +113,10 @@ class JobRoutes:
 
     def count(self, metrics: Metrics) -> None:
         """What the Prometheus page says of jobs."""
-        metrics.jobs(self.jobs.states(self._clock.now_ns()), self.jobs.counters)
+        now_ns, wall_ns = self._clock.now_ns(), self._clock.wall_ns()
+        metrics.jobs(self.jobs.states(now_ns), self.jobs.counters)
+        named = self.jobs.views(now_ns) if self.handlers.engine.config.metrics.job_names else []
+        show_jobs(metrics, (v for v in named if v.end_wall_ns is None or wall_ns - v.end_wall_ns < _SHOWN_NS))
 
     def table(self) -> dict[str, Handler]:
         """Route name -> handler."""

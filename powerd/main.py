@@ -152,7 +152,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     run_dir, state_dir = configuration.run_dir(config), configuration.state_dir(config)
     make_dir(run_dir, 0o755)
     make_dir(state_dir, 0o700)
-    tcp_token = check_tcp(config.tcp)
+    tcp_tokens = check_tcp(config.tcp)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_state(state_dir))
         handed = listen_sockets()
@@ -220,7 +220,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         job_routes = JobRoutes(handlers, spans, jobs, solver)
         handlers.count_jobs = job_routes.count
         routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table()}
-        server = Server(clock, routes, rules, lambda: tcp_token)
+        server = Server(clock, routes, rules, lambda: tcp_tokens)
 
         # powerd-hw
         hw_socket = arguments.hw_socket or (run_dir / "hw" / "hw.sock")
@@ -232,11 +232,11 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             child = HwChild(hw_socket, for_child(config, state_dir))
 
         def reload() -> None:
-            nonlocal reload_error, tcp_token
+            nonlocal reload_error, tcp_tokens
             notify("RELOADING=1", f"MONOTONIC_USEC={clocks.RealClock().now_ns() // 1000}")
             try:
                 new = load_config(arguments)
-                tcp_token = check_tcp(new.tcp)
+                tcp_tokens = check_tcp(new.tcp)
                 check_influx(new.influx)
                 if child is not None:
                     child.reload(for_child(new, state_dir))

@@ -50,6 +50,8 @@ class Route:
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", "healthz", "Alive and fed with samples; no permission needed", response=Ack),
     Route("GET", "/metrics", "metrics", "Prometheus page", media="text/plain"),
+    Route("GET", "/metrics/dcgm", "dcgm", "The same GPUs as dcgm-exporter names them; off unless metrics.dcgm is set",
+          media="text/plain"),
     Route("GET", "/openapi.json", "openapi", "This API as OpenAPI 3.1"),
     Route("GET", "/v1/node", "node", "The node, its GPUs and what can be controlled", response=NodeView),
     Route("GET", "/v1/snapshot", "snapshot", "The newest reading of every GPU the caller may see", response=SnapshotView),

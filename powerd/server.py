@@ -31,7 +31,7 @@ from powerd.log import log
 from powerd.node import alive
 from powerd.peer import peer_pidfd, unix_principal
 from powerd.routes import ROUTES
-from powerd.tcp import tcp_address, tls_context
+from powerd.tcp import Tokens, tcp_address, tls_context
 
 _VERSION = f"{API_VERSION[0]}.{API_VERSION[1]}"
 _MAX_CONNECTIONS = 256  # of one user who may control
@@ -62,11 +62,11 @@ class Server:
     """The HTTP side of the daemon."""
 
     def __init__(
-        self, clock: Clock, handlers: Mapping[str, Handler], rules: Callable[[], Rules], token: Callable[[], str | None]
+        self, clock: Clock, handlers: Mapping[str, Handler], rules: Callable[[], Rules], tokens: Callable[[], Tokens]
     ) -> None:
         self._clock = clock
         self._rules = rules
-        self._token = token
+        self._tokens = tokens
         self._principals: WeakKeyDictionary[Any, Principal] = WeakKeyDictionary()
         self._accepting: asyncio.Task[None] | None = None
         self._buckets: dict[int | None, _Bucket] = {}
@@ -172,12 +172,15 @@ class Server:
         if link.family == socket.AF_UNIX:
             return known if known is not None else unix_principal(link)
         stated = request.headers.get("Authorization", "")
-        expected = self._token()
         if stated:
-            shown = stated.removeprefix("Bearer ").strip().encode()
-            if expected is None or not hmac.compare_digest(shown, expected.encode()):
+            shown, tokens = stated.removeprefix("Bearer ").strip().encode(), self._tokens()
+            if tokens.control is not None and hmac.compare_digest(shown, tokens.control.encode()):
+                return Principal(Origin.TCP_TOKEN, user="token")
+            if tokens.read is None or not hmac.compare_digest(shown, tokens.read.encode()):
                 raise DeniedError("not the bearer token of this daemon", hint="the operator set it in tcp.token_file")
-            return Principal(Origin.TCP_TOKEN, user="token")
+            if request.method != "GET":
+                raise DeniedError("the read token only reads", hint="the one in tcp.token_file may set")
+            return Principal(Origin.TCP_READER, user="read token")
         peer = request.transport.get_extra_info("peername") if request.transport is not None else None
         if peer is None or not ipaddress.ip_address(peer[0]).is_loopback or not self._rules().loopback_reads:
             raise DeniedError("a bearer token is needed", hint="Authorization: Bearer TOKEN")

@@ -8,25 +8,34 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from pathlib import Path
+from typing import NamedTuple
 
 from powerd.config import TcpConfig
 from powerd.errors import ConfigError
 
 
-def bearer_token(config: TcpConfig) -> str | None:
-    """The token that TCP clients have to show. ConfigError when the file is missing, empty or readable by others."""
-    if not config.token_file:
+class Tokens(NamedTuple):
+    """What TCP clients may show: the token that may set, and the one that only reads."""
+
+    control: str | None = None
+    read: str | None = None
+
+
+def bearer_token(config: TcpConfig, key: str = "token_file") -> str | None:
+    """The token in the file that this key names. ConfigError when the file is missing, empty or readable by others."""
+    name = getattr(config, key)
+    if not name:
         return None
-    path = Path(config.token_file)
+    path = Path(name)
     try:
         info = path.stat()
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tcp.token_file: {error}") from error
+        raise ConfigError(f"tcp.{key}: {error}") from error
     if info.st_mode & 0o077:
-        raise ConfigError(f"tcp.token_file {path}: others can read it", hint="chmod 0600")
+        raise ConfigError(f"tcp.{key} {path}: others can read it", hint="chmod 0600")
     if len(token) < 16:
-        raise ConfigError(f"tcp.token_file {path}: fewer than 16 characters", hint="openssl rand -base64 32")
+        raise ConfigError(f"tcp.{key} {path}: fewer than 16 characters", hint="openssl rand -base64 32")
     return token
 
 
@@ -44,7 +53,7 @@ def tcp_address(config: TcpConfig) -> tuple[str, int]:
         raise ConfigError("tcp.certificate and tcp.key belong together")
     if not address.is_loopback and not config.certificate:
         raise ConfigError(f"tcp.listen {config.listen}: beyond loopback TLS is needed", hint="set tcp.certificate and tcp.key")
-    if not config.token_file and not (address.is_loopback and config.loopback_reads):
+    if not (config.token_file or config.read_token_file) and not (address.is_loopback and config.loopback_reads):
         raise ConfigError("tcp.listen without tcp.token_file would answer nobody", hint="set tcp.token_file")
     return host, number
 
@@ -62,10 +71,13 @@ def tls_context(config: TcpConfig) -> ssl.SSLContext | None:
     return context
 
 
-def check_tcp(config: TcpConfig) -> str | None:
-    """Check all of it and answer the token. ConfigError when anything is wrong."""
+def check_tcp(config: TcpConfig) -> Tokens:
+    """Check all of it and answer the tokens. ConfigError when anything is wrong."""
     if not config.listen:
-        return None
+        return Tokens()
     tcp_address(config)
     tls_context(config)
-    return bearer_token(config)
+    tokens = Tokens(bearer_token(config), bearer_token(config, "read_token_file"))
+    if tokens.control is not None and tokens.control == tokens.read:
+        raise ConfigError("tcp.read_token_file has the token of tcp.token_file", hint="the one that only reads has to be another")
+    return tokens

@@ -17,7 +17,18 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from powerd.clock import NS
-from powerd.model import Capabilities, Control, Health, LeaseState, Reading, Restart, Snapshot, reason_names
+from powerd.hw.plan import Beat
+from powerd.model import (
+    Capabilities,
+    Control,
+    Health,
+    LeaseState,
+    Reading,
+    Restart,
+    Snapshot,
+    reason_names,
+)
+from powerd.sinks import dcgm
 
 if TYPE_CHECKING:
     from powerd.sinks.influx import InfluxStats
@@ -53,6 +64,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_gpu_utilization_ratio", "gauge", "ratio", _GPU, "Share of time in which a kernel ran"),
     Metric("powerd_gpu_memory_used_bytes", "gauge", "bytes", _GPU, "Memory in use"),
     Metric("powerd_gpu_memory_size_bytes", "gauge", "bytes", _GPU, "Memory of the GPU"),
+    Metric("powerd_gpu_sm_clock_lock_hertz", "gauge", "hertz", (*_GPU, "bound"), "SM clock lock in force: minimum, maximum"),
+    Metric("powerd_gpu_set_by", "gauge", "", (*_GPU, "control", "class", "holder"), "1 for what is not at baseline: who set it"),
     Metric("powerd_gpu_clock_event_seconds", "counter", "seconds", (*_GPU, "reason"), "Time with this clock event reason set"),
     Metric("powerd_gpu_sample_age_seconds", "gauge", "seconds", _GPU, "Age of the newest reading"),
     Metric("powerd_snapshots", "counter", "", (), "Snapshots received from powerd-hw"),
@@ -62,6 +75,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_config_last_reload_successful", "gauge", "", (), "1 when the configuration file as it stands is in force"),
     Metric("powerd_lease_active", "gauge", "", (), "Leases that are active now"),
     Metric("powerd_leases", "gauge", "", ("state",), "Leases by state"),
+    Metric("powerd_user_leases", "gauge", "", ("user",), "Leases that have not ended, by user"),
     Metric("powerd_plans_armed", "gauge", "", (), "Clock plans that are armed"),
     Metric("powerd_plan_beats", "counter", "", ("verdict",), "Beats: begin, next, asked, wrong, ignored, late, closed"),
     Metric("powerd_plan_switches", "counter", "", (), "Clocks that clock plans have set"),
@@ -72,6 +86,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_job_steps", "counter", "", (), "Training steps that jobs reported since powerd started"),
     Metric("powerd_job_lost_steps", "counter", "", (), "Steps among them that a restore rolled back"),
     Metric("powerd_job_energy_joules", "counter", "joules", (), "Energy that jobs reported for their steps and checkpoints"),
+    Metric("powerd_training_energy_joules", "counter", "joules", ("job_name",), "Energy that a job reported to this node"),
+    Metric("powerd_training_steps", "counter", "", ("job_name",), "Steps that a job reported to this node, lost ones too"),
+    Metric("powerd_training_step_energy_joules", "gauge", "joules", ("job_name",), "Energy per step that was not lost"),
+    Metric("powerd_training_step_seconds", "gauge", "seconds", ("job_name",), "Median time of a job's newest steps"),
+    Metric("powerd_training_saving_ratio", "gauge", "ratio", ("job_name",), "Energy saved against its own baseline steps"),
     Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
@@ -145,6 +164,9 @@ class Metrics(Collector):
         self._now_ns = 0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        for name, label in (("powerd_restore", Restart), ("powerd_drift", Control), ("powerd_plan_beats", Beat)):
+            if name in self._table:  # a counter that begins at 1 shows no increase
+                self._values[name] = {(str(one),): 0.0 for one in label}
 
     # ---- what the daemon tells
 
@@ -218,6 +240,18 @@ class Metrics(Collector):
         """The driver was told a new value of a control and took so long to return."""
         count, total_s = self._sets.get((str(control),), (0, 0.0))
         self._sets[(str(control),)] = (count + 1, total_s + took_s)
+
+    def index(self, uuid: str) -> str:
+        """The label ``gpu`` of a GPU; empty while it is not known."""
+        known = self._gpus.get(uuid)
+        return str(known.gpu.index) if known else ""
+
+    def replace(self, name: str, series: Mapping[tuple[str, ...], float]) -> None:
+        """All series of a metric at once; those that are not named leave the page. A counter never falls."""
+        for labels in series:
+            self._checked(name, labels)
+        floor = self._values[name] if self._table[name].kind == "counter" else {}
+        self._values[name] = {labels: max(value, floor.get(labels, value)) for labels, value in series.items()}
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge, or a counter that is counted elsewhere; KeyError or ValueError when the table has it not so."""
@@ -312,7 +346,7 @@ def documentation() -> str:
         name = f"{metric.name}_total" if metric.kind == "counter" else metric.name
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         lines.append(f"| `{name}` | {metric.kind} | {metric.unit} | {labels} | {metric.help} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *dcgm.documentation()]) + "\n"
 
 
 if __name__ == "__main__":

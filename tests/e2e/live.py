@@ -94,8 +94,9 @@ def free_port() -> int:
 class LiveNode:
     """Simulated GPUs, powerd on them, and its doors; use as a context manager."""
 
-    def __init__(self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "",
-                 time: str = "real") -> None:  # fmt: skip
+    def __init__(
+        self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "", time: str = "real"
+    ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="pd"))
         self.root.chmod(0o755)  # others than we ask for permission too
         self.node: SimNode = nodes.create(model, gpus, time, seed=5)

@@ -96,7 +96,7 @@ def test_shipped_data_is_found_in_a_wheel_and_in_a_checkout(clean: Path) -> None
 from powerd.resources import CHECKOUT_PLACES, folder
 for name in sorted(CHECKOUT_PLACES):
     for path in sorted(folder(name).rglob('*')):
-        if path.is_file():
+        if path.is_file() and path.suffix != '.pyc':
             print(name, path.relative_to(folder(name)))
 """
     installed = inside(clean, code)

@@ -8,19 +8,25 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
+from powerd.api import JobView
 from powerd.clock import NS
 from powerd.model import (
     Capabilities,
     Control,
     Gpu,
     Health,
+    Interval,
     LeaseState,
     Reading,
     Restart,
+    Setpoint,
     Snapshot,
     Support,
+    Want,
+    WantClass,
 )
 from powerd.sinks.metrics import METRICS, Metrics, documentation
+from powerd.sinks.whose import show_jobs, show_setpoints
 
 A, B = (f"GPU-00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
 FULL = Reading(
@@ -165,3 +171,50 @@ def test_the_table_keeps_to_prometheus_rules():
 def test_docs_metrics_md_is_what_the_table_says():
     page_file = Path(__file__).parents[2] / "docs" / "metrics.md"
     assert page_file.read_text() == documentation(), "run: python -m powerd.sinks.metrics > docs/metrics.md"
+
+
+def test_a_counter_of_events_is_there_before_the_first_one():
+    samples = page(Metrics())
+    assert {labels[0][1] for (name, labels) in samples if name == "powerd_drift_total"} == {str(c) for c in Control}
+    assert of(samples, "powerd_restore_total", cause="panic") == 0
+
+
+def test_who_set_what_is_named_by_user_or_policy_and_baseline_by_nobody():
+    metrics = Metrics()
+    metrics.gpus([capabilities(A, 0), capabilities(B, 1)])
+    lease = Want("l1", A, Control.SM_CLOCK, Interval(210, 1200), WantClass.LEASE, "tests")
+    cap = Want("budget", B, Control.POWER_LIMIT, Interval(300_000, 300_000), WantClass.BUDGET, "tests")
+    setpoints = [
+        Setpoint(A, Control.SM_CLOCK, Interval(210, 1200), "l1", "tests", (lease,)),
+        Setpoint(A, Control.POWER_LIMIT, None),
+        Setpoint(B, Control.POWER_LIMIT, Interval(300_000, 300_000), "budget", "tests", (cap,)),
+    ]
+    show_setpoints(metrics, setpoints, {"l1": "ann", "l2": "ann", "l3": "bob"})
+    samples = page(metrics)
+    assert of(samples, "powerd_gpu_set_by", gpu="0", control="sm_clock", holder="ann") == 1
+    assert of(samples, "powerd_gpu_set_by", gpu="1", control="power_limit", holder="budget") == 1
+    assert [dict(labels)["class"] for (name, labels) in samples if name == "powerd_gpu_set_by"] == ["lease", "budget"]
+    assert of(samples, "powerd_gpu_sm_clock_lock_hertz", gpu="0", bound="maximum") == 1.2e9
+    assert of(samples, "powerd_user_leases", user="ann") == 2
+    show_setpoints(metrics, [], {})
+    assert not [name for (name, _) in page(metrics) if name in ("powerd_gpu_set_by", "powerd_user_leases")]
+
+
+def test_a_named_job_is_shown_while_it_is_told_and_its_energy_never_falls():
+    metrics = Metrics()
+    job = JobView("tiny", "running", 0, None, 9, 1, 2.5, 4000.0, 400.0, 0.2, "p1", (A,))
+    show_jobs(metrics, [job])
+    samples = page(metrics)
+    told = {name: of(samples, f"powerd_training_{name}", job_name="tiny") for name in ("energy_joules_total", "steps_total")}
+    assert told == {"energy_joules_total": 4000, "steps_total": 10}
+    assert of(samples, "powerd_training_step_energy_joules", job_name="tiny") == 400
+    assert of(samples, "powerd_training_step_seconds", job_name="tiny") == 2.5
+    assert of(samples, "powerd_training_saving_ratio", job_name="tiny") == 0.2
+    show_jobs(metrics, [replace(job, energy_j=3900.0, saving_fraction=None)])
+    assert of(page(metrics), "powerd_training_energy_joules_total", job_name="tiny") == 4000
+    assert of(page(metrics), "powerd_training_saving_ratio", job_name="tiny") is None, "not measured any more"
+    show_jobs(metrics, [replace(job, energy_j=4100.0, energy_per_retained_step_j=300.0)])
+    assert of(page(metrics), "powerd_training_energy_joules_total", job_name="tiny") == 4100
+    assert of(page(metrics), "powerd_training_step_energy_joules", job_name="tiny") == 300, "a gauge may fall"
+    show_jobs(metrics, [])
+    assert not [name for (name, _) in page(metrics) if name.startswith("powerd_training_")]

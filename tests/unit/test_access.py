@@ -37,6 +37,7 @@ def unix(uid: int, pid: int | None = 1, groups: tuple[int, ...] = (), foreign: b
         (Principal(Origin.TCP), False, False, View.NONE, View.NONE),
         (Principal(Origin.TCP, uid=0), False, False, View.NONE, View.NONE),
         (Principal(Origin.TCP_TOKEN), True, True, View.FULL, View.FULL),
+        (Principal(Origin.TCP_READER), False, True, View.FULL, View.FULL),
     ],
 )
 def test_every_kind_of_caller(who: Principal, control: bool, read_all: bool, gpu: View, other: View) -> None:

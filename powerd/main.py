@@ -124,6 +124,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.engine import Engine
     from powerd.events import EventLog
     from powerd.handlers import Handlers
+    from powerd.hostcontext import HostContext
+    from powerd.hostroutes import HostRoutes
     from powerd.hwchild import HwChild
     from powerd.hwlink import HwLink
     from powerd.jobroutes import JobRoutes
@@ -169,8 +171,10 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
         spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
         jobs = JobTable()
+        host = HostContext()
         node.listeners.append(windows.observe)
         node.listeners.append(spans.observe)
+        node.listeners.append(host.observe)
         if metrics is not None:
             node.listeners.append(metrics.observe)
             events.listeners.append(lambda event: _count(metrics, event))
@@ -178,6 +182,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         if store is not None:
             node.listeners.append(store.append)
             jobs.listeners.append(store.append_job)
+            host.listeners.append(store.append_load)
             events.listeners.append(store.append_event)
 
         # Who asks
@@ -207,8 +212,9 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         handlers = Handlers(engine, hub, attach, show_node, windows, metrics, store)
         solver = Solver(clock)
         job_routes = JobRoutes(handlers, spans, jobs, solver)
-        handlers.count_jobs = job_routes.count
-        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table()}
+        host_routes = HostRoutes(handlers, host)
+        handlers.counts += [job_routes.count, host_routes.count]
+        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table(), **host_routes.table()}
         server = Server(clock, routes, rules, lambda: tcp_token)
 
         # powerd-hw

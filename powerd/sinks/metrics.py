@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from powerd.clock import NS
 from powerd.model import Capabilities, Control, Health, LeaseState, Reading, Restart, Snapshot, reason_names
+from powerd.records import HostLoad
 
 _LONGEST_STEP_NS = 5 * NS  # between two samples; more is a hole that counts for nobody
 
@@ -68,6 +69,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_job_steps", "counter", "", (), "Training steps that jobs reported since powerd started"),
     Metric("powerd_job_lost_steps", "counter", "", (), "Steps among them that a restore rolled back"),
     Metric("powerd_job_energy_joules", "counter", "joules", (), "Energy that jobs reported for their steps and checkpoints"),
+    Metric("powerd_job_gpu", "gauge", "", ("job", "uuid"), "Always 1; a GPU of a running job, to join with the GPU's energy"),
+    Metric("powerd_node_cpu_utilization_ratio", "gauge", "ratio", (), "Share of the host's CPU time in use over the last second"),
+    Metric("powerd_node_load1", "gauge", "", (), "Processes that run or wait, the system's one-minute mean"),
+    Metric("powerd_node_memory_used_bytes", "gauge", "bytes", (), "Memory of the host in use"),
+    Metric("powerd_node_memory_size_bytes", "gauge", "bytes", (), "Memory of the host"),
     Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
@@ -169,12 +175,25 @@ class Metrics(Collector):
             if state is not LeaseState.ENDED:
                 self.set("powerd_leases", counts.get(state, 0), str(state))
 
-    def jobs(self, states: Mapping[str, int], counters: Iterable[float]) -> None:
-        """Jobs by state; steps, lost steps and joules that they reported."""
+    def jobs(self, states: Mapping[str, int], counters: Iterable[float], gpus: Iterable[tuple[str, str]] = ()) -> None:
+        """Jobs by state; steps, lost steps and joules that they reported; (job, GPU) of those that run."""
+        self._values["powerd_job_gpu"] = dict.fromkeys(gpus, 1.0)
         for state, count in states.items():
             self.set("powerd_jobs", count, state)
         for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
             self.set(f"powerd_job_{name}", value)
+
+    def host(self, load: HostLoad) -> None:
+        """The load of the host; what is not known has no series."""
+        values = {
+            "cpu_utilization_ratio": load.cpu_ratio, "load1": load.load_1min, "memory_used_bytes": load.memory_used_bytes,
+            "memory_size_bytes": load.memory_size_bytes,
+        }  # fmt: skip
+        for name, value in values.items():
+            if value is None:
+                self._values[f"powerd_node_{name}"].clear()
+            else:
+                self.set(f"powerd_node_{name}", value)
 
     def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
         """The clock plans, and their sums since powerd started."""

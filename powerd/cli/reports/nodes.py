@@ -179,7 +179,8 @@ def _courses(data: NodeData, client: Client, job: str | None, begin_s: float, en
 
 def _series(stored: HistorySeries, index: int, name: str) -> GpuSeries:
     def column(key: str, factor: float) -> tuple[float | None, ...]:
-        return tuple(None if v is None else v * factor for v in stored.columns[key])
+        values = stored.columns.get(key) or (None,) * len(stored.time_s)  # an older daemon may not have it
+        return tuple(None if v is None else v * factor for v in values)
 
     limits = [v for v in column("power_limit_enforced_mw", 1e-3) if v is not None]
     # A bucket holds the counter's last value in it: that was read at its end.

@@ -50,7 +50,7 @@ def _power(axes: Any, report: Report) -> None:
             axes.plot(when, watts, linewidth=1.2, color=COLOURS[number % len(COLOURS)], label=node.name)
     axes.set_ylabel("power (W)")
     axes.set_xlabel("time (UTC)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max((w for n in report.nodes if n.power for w in n.power.power_w if w is not None), default=1.0))
     _legend(axes)
 
 

@@ -43,13 +43,18 @@ def money(value: Amount | None, currency: str) -> str:
     return amount(value, currency or "(currency not named)")
 
 
+def _parts(names: tuple[str, ...]) -> str:
+    shown = {"gpu": "GPUs", "cpu": "CPUs", "dram": "DRAM", "other": "the rest of the machine"}
+    return ", ".join(shown.get(name, name) for name in names)
+
+
 def summary(report: Report) -> list[Row]:
     """What somebody wants to know first."""
     factors = report.factors
     rows = [
         ("Time", f"{clock_text(report.begin_s)} to {clock_text(report.end_s)} UTC, {report.end_s - report.begin_s:,.0f} s"),
         ("Energy", energy(report.energy_j)),
-        ("Energy is of", f"{', '.join(report.contains).upper()}; not in it: {', '.join(report.lacks)}"),
+        ("Energy is of", f"{_parts(report.contains)}; not in it: {_parts(report.lacks)}"),
         ("Method", report.method),
     ]
     if report.cost is not None:

@@ -6,16 +6,14 @@ before all of it is there.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from powerd.cli.context import Options, note, write_text
+from powerd.cli.context import Options, begin_of, note, write_text
 from powerd.errors import RequestError
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a report: energy over all nodes, cost, carbon, goodput, and the saving that was measured, with its uncertainty."""
-    from powerd.cli.output import emit_json
+    from powerd.cli.output import emit_json, progress
     from powerd.cli.reports import build
 
     kind = ".json" if out is None else out.suffix.lower()
@@ -63,7 +61,7 @@ def report(
     amount, currency = build.price(price)
     factors = Factors(amount, currency, build.carbon(carbon))
     options = ctx.ensure_object(Options)
-    with _progress() as told:
+    with progress("asking") as told:
         made = _collected(options, job, since or "24h", nodes, prometheus, factors, told)
     if out is None:
         emit_json(made)
@@ -99,26 +97,16 @@ def _collected(
     now_s = time.time()
     if prometheus is not None:
         server = from_prometheus.Server.at(prometheus, options.token_file, max(30.0, options.timeout_s))
-        found = from_prometheus.collect(server, job, _begin_s(since, now_s), now_s, told)
+        found = from_prometheus.collect(server, job, begin_of(since, now_s), now_s, told)
     else:
         one = from_nodes.Endpoint("", options.socket, options.url, options.token_file)
         endpoints = (one,) if nodes is None else from_nodes.read_endpoints(nodes)
-        found = from_nodes.collect(endpoints, job, lambda end_s: _begin_s(since, end_s), options.timeout_s, told)
+        found = from_nodes.collect(endpoints, job, lambda end_s: begin_of(since, end_s), options.timeout_s, told)
     data, begin_s, end_s = found
     return build.build(
         data, job=job, begin_s=begin_s, end_s=end_s, made_s=now_s, source="nodes" if prometheus is None else "prometheus",
         factors=factors,
     )  # fmt: skip
-
-
-def _begin_s(since: str, end_s: float) -> float:
-    """Unix seconds, or an age before the end."""
-    from powerd.units import duration_s
-
-    begin_s = float(since) if since.replace(".", "", 1).isdigit() else end_s - duration_s(since)
-    if not 0 <= begin_s < end_s:
-        raise RequestError(f"--since {since}: not before {end_s:.0f}", code="bad_value")
-    return begin_s
 
 
 def _write(made: Report, out: Path, kind: str) -> None:
@@ -134,18 +122,3 @@ def _write(made: Report, out: Path, kind: str) -> None:
         from powerd.cli.reports.pdf import write
 
         write(made, out)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr when somebody watches."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.progress import Progress
-
-    from powerd.cli.output import console
-
-    with Progress(console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("asking", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -217,7 +217,8 @@ def test_a_file_of_nodes_says_what_is_wrong(tmp_path: Path) -> None:
     assert found[0].token_file == str(tmp_path / "t")
     for text, said in (("", "one [[node]]"), ("[[node]]\n", "either a socket or a url"),
                        ('[[node]]\nsocet = "x"', "did you mean 'socket'"),
-                       ('[[node]]\nsocket = "x"\n[[node]]\nsocket = "x"', "names two nodes"), ("[[node", "nodes.toml")):  # fmt: skip
+                       ('[[node]]\nsocket = "x"\n[[node]]\nsocket = "x"', "names two nodes"),
+                       ("[[node", "nodes.toml")):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ConfigError, match=re.escape(said)):
             nodes.read_endpoints(file)

@@ -285,9 +285,27 @@ def _block(arm: str, steps: Sequence[Step]) -> Block:
     return Block(arm, steps[0].begin_ns / 1e9, math.fsum(s.time_s for s in steps), float(len(steps)), energy)
 
 
-def block_of_window(arm: str, begin_ns: int, duration_s: float, energies_j: Iterable[float | None], work: float = 1.0) -> Block:
+class Figure(Protocol):
+    """The energy of one GPU."""
+
+    @property
+    def energy_j(self) -> float | None: ...
+
+
+class Window(Protocol):
+    """An energy window that has ended (powerd.api.WindowView is one)."""
+
+    @property
+    def begin_ns(self) -> int: ...
+    @property
+    def duration_s(self) -> float | None: ...
+    @property
+    def figures(self) -> Sequence[Figure]: ...
+
+
+def block_of_window(arm: str, window: Window, work: float = 1.0) -> Block:
     """An energy window as a block: the energies of all its GPUs together, or unmeasured when one of them is not known."""
-    energies = list(energies_j)
+    energies = [f.energy_j for f in window.figures]
     known = [e for e in energies if e is not None]
     energy = math.fsum(known) if energies and len(known) == len(energies) else None
-    return Block(arm, begin_ns / 1e9, duration_s, work, energy)
+    return Block(arm, window.begin_ns / 1e9, window.duration_s or 0.0, work, energy)

@@ -67,7 +67,7 @@ def report(
         emit_json(made)
         return
     _write(made, out, kind)
-    note(f"wrote {out}")
+    note(f"wrote {out}" + (" (simulated)" if made.simulated else ""))
     for gap in made.gaps:
         note(f"gap: {gap.where}: {gap.what}")
 

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -304,3 +304,12 @@ def test_the_verb_writes_each_kind_and_refuses_others(daemon: FakeDaemon, powerc
     for words in (["-o", "report.docx"], ["--job", "nope"], ["--price", "cheap"], ["--nodes", "x", "--prometheus", "http://x"],
                   ["--job", "4711", "--since", "1h"], ["--prometheus", "file:///etc/passwd"]):  # fmt: skip
         assert powerctl("report", *words).code == 2
+
+
+def test_the_page_names_every_field_of_the_schema() -> None:
+    from powerd.cli.reports import model
+
+    text = (Path(__file__).resolve().parents[2] / "docs" / "report.md").read_text(encoding="utf-8").split("## The JSON", 1)[1]
+    kinds = [kind for kind in vars(model).values() if isinstance(kind, type) and is_dataclass(kind)]
+    missing = [f"{kind.__name__}.{f.name}" for kind in kinds for f in fields(kind) if f"`{f.name}`" not in text]
+    assert missing == []

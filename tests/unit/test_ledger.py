@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from powerd.api import EnergyFigure, WindowView
 from powerd_policies import ledger
 from powerd_policies.ledger import (
     Block,
@@ -217,5 +220,18 @@ def test_an_unmeasured_step_makes_its_block_unmeasured() -> None:
 
 
 def test_windows_become_blocks_only_when_every_gpu_is_known() -> None:
-    assert block_of_window("baseline", 2_000_000_000, 60.0, [100.0, 50.0], 30) == Block("baseline", 2.0, 60.0, 30, 150.0)
-    assert block_of_window("baseline", 2_000_000_000, 60.0, [100.0, None], 30).energy_j is None
+    figures = tuple(EnergyFigure(f"GPU-{n}", e, e, e, 1.0, "counter", (1,)) for n, e in enumerate((100.0, 50.0)))
+    window = WindowView("w-1", "", None, 2_000_000_000, 62_000_000_000, 60.0, figures)
+    assert block_of_window("baseline", window, 30) == Block("baseline", 2.0, 60.0, 30, 150.0)
+    dark = replace(window, figures=(figures[0], replace(figures[1], energy_j=None)))
+    assert block_of_window("baseline", dark, 30).energy_j is None
+    assert not block_of_window("baseline", replace(window, end_ns=None, duration_s=None, figures=()), 30).usable
+
+
+def test_the_page_shows_the_numbers_of_the_ledger() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) % \| ([\d |]+) \|$", page, re.M)
+    assert len(rows) == 5
+    for saving, numbers in rows:
+        wanted = [pairs_needed(int(saving) / 100, noise) for noise in (0.005, 0.01, 0.015, 0.02, 0.03)]
+        assert [int(n) for n in numbers.split("|")] == wanted

@@ -51,6 +51,7 @@ class HostRoutes:
         """What the Prometheus page says of the host."""
         if (load := self.host.load) is not None:
             metrics.host(load)
+        metrics.host_energy(self.handlers.node.host_energy_uj)
 
     def table(self) -> dict[str, Handler]:
         """Route name -> handler."""

@@ -74,6 +74,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_node_load1", "gauge", "", (), "Processes that run or wait, the system's one-minute mean"),
     Metric("powerd_node_memory_used_bytes", "gauge", "bytes", (), "Memory of the host in use"),
     Metric("powerd_node_memory_size_bytes", "gauge", "bytes", (), "Memory of the host"),
+    Metric("powerd_cpu_energy_joules", "counter", "joules", ("package",), "Energy of a CPU package (RAPL); absent if unreadable"),
+    Metric("powerd_dram_energy_joules", "counter", "joules", ("package",), "Energy of its DRAM (RAPL); absent if unreadable"),
     Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
@@ -194,6 +196,11 @@ class Metrics(Collector):
                 self._values[f"powerd_node_{name}"].clear()
             else:
                 self.set(f"powerd_node_{name}", value)
+
+    def host_energy(self, sums_uj: Mapping[tuple[str, int], int]) -> None:
+        """CPU and DRAM energy by package."""
+        for (domain, package), value in sums_uj.items():
+            self.set(f"powerd_{'dram' if domain == 'dram' else 'cpu'}_energy_joules", value / 1e6, str(package))
 
     def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
         """The clock plans, and their sums since powerd started."""

@@ -94,7 +94,9 @@ def free_port() -> int:
 class LiveNode:
     """Simulated GPUs, powerd on them, and its doors; use as a context manager."""
 
-    def __init__(self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "") -> None:
+    def __init__(
+        self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "", hw: str = ""
+    ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="pd"))
         self.root.chmod(0o755)  # others than we ask for permission too
         self.node: SimNode = nodes.create(model, gpus, "real", seed=5)
@@ -114,6 +116,7 @@ panic_file = "{self.root}/panic"
 [hw]
 run_dir = "{self.root}/hw"
 journal_dir = "{self.root}/journal"
+{hw}
 [tcp]
 listen = "127.0.0.1:{self.tcp_port}"
 token_file = "{self.token_file}"

@@ -16,8 +16,10 @@ from powerd.records import GpuProcess, HostLoad
 class HostContext:
     """The newest load of this host; fed by snapshots, so that it keeps the daemon's own time."""
 
-    def __init__(self) -> None:
+    def __init__(self, energy_uj: Callable[[], Mapping[tuple[str, int], int]] = dict) -> None:
         import psutil
+
+        self._energy_uj = energy_uj  # by powerd-hw: only root may read it
 
         self._psutil = psutil
         self._second = -1
@@ -51,7 +53,10 @@ class HostContext:
             load = os.getloadavg()[0]
         except OSError:
             load = None
-        return HostLoad(wall_ns, cpu, load, used, size)
+        sums: dict[str, float] = {}
+        for (domain, _), value in self._energy_uj().items():
+            sums[domain] = sums.get(domain, 0.0) + value / 1e6
+        return HostLoad(wall_ns, cpu, load, used, size, (), sums.get("package"), sums.get("dram"))
 
     def processes(self, of: Mapping[str, frozenset[int]]) -> tuple[GpuProcess, ...]:
         """Who runs on which GPU, by NVML's own list of processes."""

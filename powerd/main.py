@@ -171,7 +171,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         store = Store(state_dir / "history.sqlite", config.store, clock) if config.store.enabled else None
         spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
         jobs = JobTable()
-        host = HostContext()
+        host = HostContext(lambda: node.host_energy_uj)
         node.listeners.append(windows.observe)
         node.listeners.append(spans.observe)
         node.listeners.append(host.observe)

@@ -59,3 +59,5 @@ class HostLoad:
     memory_used_bytes: int | None
     memory_size_bytes: int | None
     processes: tuple[GpuProcess, ...] = ()
+    cpu_energy_j: float | None = None  # of all packages, rising; begins again with powerd; None: RAPL cannot be read
+    dram_energy_j: float | None = None

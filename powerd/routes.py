@@ -85,6 +85,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
           query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
                  "columns": "comma separated"}),
+    Route("GET", "/v1/history/node", "history_node", "Stored load and energy of the host", response=HostLoad, many=True,
+          query={"since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most, 1 to 10000"}),
     Route("GET", "/v1/history/leases", "history_leases", "Leases that were, newest first", response=LeaseRow, many=True,
           query={"since": "last changed: Unix seconds or 15m/2h/7d ago", "until": "likewise", "limit": "at most, 1 to 10000"}),
     Route("GET", "/v1/events", "events", "Recent events", response=Event, many=True,

@@ -83,6 +83,17 @@ class JobCalls(ABC):
 
         return self.guard("past leases", ask, tuple)
 
+    def node_history(
+        self, *, since: str | float = "15m", until: str | float | None = None, points: int = 500
+    ) -> tuple[HostLoad, ...]:
+        """The host's stored load and energy, oldest first."""
+
+        def ask() -> tuple[HostLoad, ...]:
+            query = {"since": since, "until": until, "points": points}
+            return self.transport.json(tuple[HostLoad, ...], "GET", "/v1/history/node", query=query)
+
+        return self.guard("node history", ask, tuple)
+
     def node_load(self) -> HostLoad:
         """CPU and memory of the host, and whose processes are on the GPUs."""
         return self._ask(HostLoad, "node load", "GET", "/v1/node/load")

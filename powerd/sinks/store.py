@@ -107,16 +107,24 @@ class Store:
         """Store the host's load; never waits, never raises."""
         self._writer.put(load)
 
-    def loads(self, since_s: float, until_s: float, limit: int = MAX_POINTS) -> tuple[HostLoad, ...]:
-        """The host's stored load of a range, oldest first; UnavailableError."""
-        sql = "SELECT * FROM node WHERE ts >= ? AND ts < ? ORDER BY ts LIMIT ?"
+    def loads(self, since_s: float, until_s: float, points: int = 500) -> tuple[HostLoad, ...]:
+        """The host's stored load of a range, oldest first, the last of each of at most ``points`` buckets; UnavailableError."""
+        since, until = int(since_s), -int(-until_s // 1)
+        limits = {"since": since, "until": until, "step": max(1, -(-(until - since) // max(1, points)))}
+        sql = "SELECT *, max(ts) FROM node WHERE ts >= :since AND ts < :until GROUP BY ts / :step ORDER BY ts"
         with self._reading() as connection:
-            found = connection.execute(sql, (int(since_s), -int(-until_s // 1), limit)).fetchall()
+            found = connection.execute(sql, limits).fetchall()
+
+        def scaled(value: int | None) -> float | None:
+            return None if value is None else value / 1000
+
+        def bytes_of(value: int | None) -> int | None:
+            return None if value is None else value << 20
+
         return tuple(
-            HostLoad(ts * 10**9, None if cpu is None else cpu / 1000, None if load is None else load / 1000,
-                     None if used is None else used << 20, None if size is None else size << 20)
-            for ts, cpu, load, used, size in found
-        )  # fmt: skip
+            HostLoad(ts * 10**9, scaled(cpu), scaled(load), bytes_of(used), bytes_of(size), (), scaled(cpu_mj), scaled(dram_mj))
+            for ts, cpu, load, used, size, cpu_mj, dram_mj, _ in found
+        )
 
     def jobs(self) -> tuple[list[JobRow], list[JobStepRow]]:
         """The newest jobs and the newest retained steps of each, oldest first; UnavailableError."""

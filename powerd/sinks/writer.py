@@ -37,7 +37,7 @@ _ALL_TABLES = ("raw", "r60", "r3600", "events", "leases", "node", "meta", *jobta
 _LEASE = "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
-_NODE = "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?)"
+_NODE = "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?, ?, ?)"
 Item = Snapshot | Event | Record | HostLoad | tuple[int, LeaseView]
 
 
@@ -331,6 +331,8 @@ def _node_row(load: HostLoad) -> tuple[object, ...]:
         (load.load_1min, 1000.0),
         (load.memory_used_bytes, 2.0**-20),
         (load.memory_size_bytes, 2.0**-20),
+        (load.cpu_energy_j, 1000.0),
+        (load.dram_energy_j, 1000.0),
     )
     return (load.wall_ns // 1_000_000_000, *(None if value is None else round(value * factor) for value, factor in pairs))
 

@@ -301,6 +301,8 @@ class FakeDaemon:
                 return HostLoad(
                     1_790_000_000_000_000_000, 0.25, 3.5, 8 << 30, 64 << 30, (GpuProcess(UUIDS[0], 4242, "ada", "python"),)
                 )
+            case ["history", "node"]:
+                return ()
             case ["history", "leases"]:
                 return (
                     LeaseRow("lease-1", 1_790_000_000_000_000_000, "ended", "released", 1000, "4711", "fine-tuning", UUIDS[:1]),

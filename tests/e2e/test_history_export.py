@@ -42,7 +42,7 @@ def fill(path: Path, uuids: list[str], now_s: int) -> None:
         while store.stats().backlog > 2000:
             time.sleep(0.01)
         store.append(Snapshot(at & 0xFFFFFFFF, at * 10**9, at * 10**9, rows))
-    store.append_load(HostLoad(now_s * 10**9, 0.5, 2.25, 8 << 30, 64 << 30))
+    store.append_load(HostLoad(now_s * 10**9, 0.5, 2.25, 8 << 30, 64 << 30, (), 1234.5))
     store.close(60)
 
 
@@ -111,9 +111,11 @@ def test_the_hosts_load_is_read_shown_and_stored(node: Rig) -> None:
     assert float(shown[1]) == load["memory_size_bytes"]
     with_store = Store(node.folder / "state" / "history.sqlite", StoreConfig(), RealClock())
     try:
-        stored = with_store.loads(0, time.time() + 10)
+        stored = with_store.loads(time.time() - 4000, time.time() + 10, 5000)
     finally:
         with_store.close()
     assert stored[0].cpu_ratio == 0.5
     assert (stored[0].load_1min, stored[0].memory_used_bytes, stored[0].memory_size_bytes) == (2.25, 8 << 30, 64 << 30)
+    assert (stored[0].cpu_energy_j, stored[0].dram_energy_j) == (1234.5, None)
     assert len(stored) > 1
+    assert client.node_history(since="1h", points=1)[-1].wall_ns >= stored[-1].wall_ns

@@ -96,3 +96,11 @@ def test_cpu_and_dram_energy_reach_the_page_only_where_they_can_be_read(nodes: t
     tree.set("intel-rapl:0", 43_000_000)
     wait_for("42 J of a CPU", lambda: 'powerd_cpu_energy_joules_total{package="0"} 42.0' in first.client.metrics())
     assert "powerd_cpu_energy" not in second.client.metrics()
+    wait_for("it is stored", lambda: first.client.node_history(since="10s", points=1000)[-1].cpu_energy_j == 42.0)
+    host = []
+    for node in (first, second):
+        done = node.powerctl("report", "--since", "9s")
+        assert done.code == 0, done.err
+        host.append(json.loads(done.out)["host_energy_j"])
+    assert host[0]["known"] == pytest.approx(42.0, abs=0.1)
+    assert host[1] is None

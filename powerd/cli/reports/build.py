@@ -99,7 +99,8 @@ def build(
         energy_j=energy, method="+".join(methods) or "none", contains=("gpu",), lacks=("cpu", "dram", "other"),
         cost=None if factors.price_per_kwh is None else times(energy, factors.price_per_kwh / J_PER_KWH),
         carbon_g=None if factors.carbon_g_per_kwh is None else times(energy, factors.carbon_g_per_kwh / J_PER_KWH),
-        factors=factors, job=job_part, saving=saving, nodes=parts, steps=_thinned(steps), gaps=tuple(gaps),
+        factors=factors, job=job_part, saving=saving, nodes=parts, host_energy_j=_host(parts),
+        steps=_thinned(steps), gaps=tuple(gaps),
     )  # fmt: skip
 
 
@@ -136,7 +137,19 @@ def _node(node: NodeData, job: str | None, begin_s: float, end_s: float, gaps: l
     if energy.known is None:
         method = "none"
         gaps.append(Gap(node.name, "energy not measured"))
-    return model.NodePart(node.name, None, energy, method, tuple(gpus), reported, _power(node.gpus, begin_s, end_s))
+    host: dict[str, Amount] = {}
+    for name, series in node.host.items():
+        host[name], notes = counted(series, begin_s, end_s)
+        gaps += [Gap(f"{node.name} {name.upper()}", note) for note in notes]
+    power = _power(node.gpus, begin_s, end_s)
+    return model.NodePart(node.name, None, energy, method, tuple(gpus), reported, power, host.get("cpu"), host.get("dram"))
+
+
+def _host(parts: Sequence[model.NodePart]) -> Amount | None:
+    """CPUs and DRAM of all nodes together; DRAM is a zone of its own on some machines only, CPUs are needed of each."""
+    if all(p.cpu_energy_j is None for p in parts):
+        return None
+    return summed([a for p in parts for a in (p.cpu_energy_j or _NONE, p.dram_energy_j) if a is not None])
 
 
 def _power(gpus: Sequence[GpuSeries], begin_s: float, end_s: float) -> model.PowerSeries | None:

@@ -51,6 +51,8 @@ class NodePart:
     gpus: tuple[GpuPart, ...] = ()
     steps_energy_j: float | None = None  # what the job itself reported for steps and checkpoints
     power: PowerSeries | None = None
+    cpu_energy_j: Amount | None = None  # of the whole node, whoever used it; None: not measured
+    dram_energy_j: Amount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,5 +154,6 @@ class Report:
     job: JobPart | None
     saving: Saving | None  # None: no job was asked for
     nodes: tuple[NodePart, ...]
+    host_energy_j: Amount | None  # CPUs and DRAM of all these nodes, beside ``energy_j``; None: measured on none
     steps: tuple[StepPoint, ...]
     gaps: tuple[Gap, ...]

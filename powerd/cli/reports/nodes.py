@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ class NodeData:
     end_s: float | None = None
     now_s: float | None = None
     notes: tuple[str, ...] = ()
+    host: Mapping[str, GpuSeries] = field(default_factory=dict)  # "cpu" and "dram" of the whole node, where they are read
     view: NodeView | None = field(default=None, repr=False)
 
 
@@ -174,7 +175,24 @@ def _courses(data: NodeData, client: Client, job: str | None, begin_s: float, en
         return replace(data, notes=(*notes, f"its store tells nothing: {' '.join(str(error).split())}"))
     known = {s.uuid: s for s in view.series}
     gpus = tuple(_series(known[g.uuid], g.index, g.name) for g in wanted if g.uuid in known)
-    return replace(data, gpus=gpus, notes=notes)
+    return replace(data, gpus=gpus, notes=notes, host=_host(client, begin_s - margin_s, end_s + margin_s))
+
+
+def _host(client: Client, begin_s: float, end_s: float) -> dict[str, GpuSeries]:
+    """The node's CPU and DRAM energy; an older daemon tells none."""
+    try:
+        loads = client.node_history(since=begin_s, until=end_s, points=_POINTS)
+    except PowerdError:
+        return {}
+    step_s = max(1.0, (end_s - begin_s) / _POINTS)
+    when = tuple(load.wall_ns / 1e9 for load in loads)
+    found = {"cpu": tuple(load.cpu_energy_j for load in loads), "dram": tuple(load.dram_energy_j for load in loads)}
+    unknown = (None,) * len(loads)
+    return {
+        name: GpuSeries(name, None, name, step_s, when, values, unknown)
+        for name, values in found.items()
+        if any(v is not None for v in values)
+    }
 
 
 def _series(stored: HistorySeries, index: int, name: str) -> GpuSeries:

@@ -56,6 +56,7 @@ def summary(report: Report) -> list[Row]:
         ("Energy", energy(report.energy_j)),
         ("Energy is of", f"{_parts(report.contains)}; not in it: {_parts(report.lacks)}"),
         ("Method", report.method),
+        ("CPUs and DRAM of these nodes", energy(report.host_energy_j)),
     ]
     if report.cost is not None:
         rows.append(

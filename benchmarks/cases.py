@@ -16,6 +16,7 @@ from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
 from benchmarks.daemon import Client, running
+from benchmarks.host import host, savings
 from benchmarks.report import Progress, Report, percentile
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -299,4 +300,6 @@ CASES = {
     "energy": energy,
     "spans": spans,
     "beats": beats,
+    "host": host,
+    "savings": savings,
 }

@@ -17,6 +17,7 @@ from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
 from benchmarks.clock_search import search_clocks
 from benchmarks.daemon import Client, running
+from benchmarks.host import host, savings
 from benchmarks.influx import influx
 from benchmarks.instructions import instructions
 from benchmarks.report import Progress, Report, percentile
@@ -305,4 +306,6 @@ CASES = {
     "search": search_clocks,
     "beats": beats,
     "instructions": instructions,
+    "host": host,
+    "savings": savings,
 }

@@ -49,6 +49,9 @@ class HwConfig:
     read_deadline_s: float = _key(2.0, "a read that takes longer marks its GPU wedged", low=0.1, high=60)
     write_deadline_s: float = _key(10.0, "a set that takes longer marks its GPU wedged", low=0.1, high=120)
     min_dwell_s: float = _key(2.0, "minimum seconds between two steps down of one control", low=0, high=600)
+    powercap_dir: str = _key(
+        "", "the powercap tree that CPU and DRAM energy is read from; empty: /sys/class/powercap, and none on a simulated node"
+    )
     drift: str = _key("yield", "when somebody else changes a setting that powerd holds", one_of=("yield", "warn", "enforce"))
 
 

@@ -137,6 +137,8 @@ class Engine:
                 self.update(force=True)
             elif table is frames.Table.PROCESSES:
                 self.node.processes_table(content)
+            elif table is frames.Table.HOST_ENERGY:
+                self.node.host_energy_table(content)
             elif table is frames.Table.PLANS:
                 self.plans.take(content)
             elif table is frames.Table.STATUS:

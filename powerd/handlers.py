@@ -56,7 +56,7 @@ class Handlers:
         self.node_view = node_view
         self.windows, self.metrics_page, self.store = windows, metrics, store
         self.influx: InfluxSink | None = None
-        self.count_jobs: Callable[[Metrics], None] = lambda metrics: None
+        self.counts: list[Callable[[Metrics], None]] = []
         self._window_owner: dict[str, int | None] = {}
         self._document: bytes | None = None
         self._encoded: dict[tuple[Any, ...], bytes] = {}
@@ -192,7 +192,8 @@ class Handlers:
             ("powerd_config_last_reload_successful", view.config_reload_ok), ("powerd_energy_windows_open", len(self.windows)),
         ):  # fmt: skip
             self.metrics_page.set(name, value)
-        self.count_jobs(self.metrics_page)
+        for count in self.counts:
+            count(self.metrics_page)
         if self.store is not None:
             stats = self.store.stats()
             self.metrics_page.store(stats.rows, stats.dropped, stats.errors, stats.size_bytes)

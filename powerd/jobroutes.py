@@ -13,12 +13,12 @@ from aiohttp import web
 
 from powerd.access import Origin, View, may_control, may_read_all
 from powerd.api import MAX_BODY_BYTES, Ack, JobEvent, SpansRequest
-from powerd.call import Call, Handler
+from powerd.call import Call, Handler, number
 from powerd.clock import NS, standing
 from powerd.decode import decode
 from powerd.errors import DeniedError, RequestError
 from powerd.handlers import Handlers
-from powerd.jobs import JobTable
+from powerd.jobs import KEEP_STEPS, JobTable
 from powerd.sinks.metrics import Metrics
 from powerd.sinks.whose import show_jobs
 from powerd.solver_child import Solver
@@ -106,6 +106,20 @@ class JobRoutes:
             raise RequestError(f"no job {name[:80]!r}", hint="powerctl jobs", code="not_found")
         return call.answer(view)
 
+    async def job_steps(self, call: Call) -> web.Response:
+        limit = int(number(call.query("limit"), "limit", 10_000, 1, 100_000))
+        name, reader, store = self._name(call), self._reader(call), self.handlers.store
+        owner = self.jobs.owner(name)
+        if owner is None or (reader is not None and owner != reader):
+            raise RequestError(f"no job {name[:80]!r}", hint="powerctl jobs", code="not_found")
+        kept = self.jobs.steps(name, limit)
+        if store is None or len(kept) < min(limit, KEEP_STEPS):
+            return call.answer(kept)
+        with standing(self._clock):
+            stored = await asyncio.to_thread(store.job_steps, name, limit)
+        newest = {(row.attempt, row.step): row for row in (*stored, *kept)}  # what waits for the store is in memory
+        return call.answer(sorted(newest.values(), key=lambda row: (row.wall_ns, row.step))[-limit:])
+
     async def perseus_plan(self, call: Call) -> web.Response:
         call.query()
         self._must_own_something(call)
@@ -114,7 +128,7 @@ class JobRoutes:
     def count(self, metrics: Metrics) -> None:
         """What the Prometheus page says of jobs."""
         now_ns, wall_ns = self._clock.now_ns(), self._clock.wall_ns()
-        metrics.jobs(self.jobs.states(now_ns), self.jobs.counters)
+        metrics.jobs(self.jobs.states(now_ns), self.jobs.counters, self.jobs.gpus(now_ns))
         named = self.jobs.views(now_ns) if self.handlers.engine.config.metrics.job_names else []
         show_jobs(metrics, (v for v in named if v.end_wall_ns is None or wall_ns - v.end_wall_ns < _SHOWN_NS))
 
@@ -122,5 +136,5 @@ class JobRoutes:
         """Route name -> handler."""
         return {
             "energy_spans": self.energy_spans, "jobs": self.jobs_list, "job": self.job, "job_event": self.job_event,
-            "perseus_plan": self.perseus_plan,
+            "job_steps": self.job_steps, "perseus_plan": self.perseus_plan,
         }  # fmt: skip

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from powerd.api import JobEvent, JobStep, JobView
 from powerd.clock import NS
 from powerd.errors import DeniedError, RequestError
+from powerd.records import JobStepRow
 
 KINDS = ("start", "step", "restore", "checkpoint_begin", "checkpoint_end", "exception", "end", "note")
 BASELINE, PROFILE = "baseline", "profile"  # reserved plan names: full clock to compare with, and a profiling sweep
@@ -35,23 +36,6 @@ _STATES = {
     ("failed", "step"): "running",
     ("failed", "restore"): "running",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class JobStepRow:
-    """One step of a job, all ranks that reported it so far together: the row of every sink, replaced by (job, attempt, step)."""
-
-    job: str
-    attempt: int  # rises with every restore
-    step: int
-    wall_ns: int  # when it was first reported
-    begin_ns: int
-    end_ns: int
-    time_s: float  # of the slowest rank
-    energy_j: float | None  # of all ranks
-    clock_mhz: float | None
-    plan: str | None
-    gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +298,15 @@ class JobTable:
         """One job, or None."""
         job = self._jobs.get(name)
         return None if job is None else job.view(now_ns)
+
+    def steps(self, name: str, limit: int) -> list[JobStepRow]:
+        """The newest retained steps that are kept in memory, oldest first."""
+        job = self._jobs.get(name)
+        return [] if job is None else list(job.steps.values())[-limit:]
+
+    def gpus(self, now_ns: int) -> set[tuple[str, str]]:
+        """(job, GPU) of every running job."""
+        return {(name, u) for name, job in self._jobs.items() if job.state(now_ns) == "running" for u in job.row.gpus}
 
     def views(self, now_ns: int, uid: int | None = None) -> list[JobView]:
         """All jobs, or those of one user; newest first."""

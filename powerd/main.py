@@ -128,6 +128,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.engine import Engine
     from powerd.events import EventLog
     from powerd.handlers import Handlers
+    from powerd.hostcontext import HostContext
+    from powerd.hostroutes import HostRoutes
     from powerd.hwchild import HwChild
     from powerd.hwlink import HwLink
     from powerd.jobroutes import JobRoutes
@@ -174,8 +176,10 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         influx = make_sink(config.influx, state_dir, clock, platform.node(), config.hw.sample_hz, _from_thread(events.add))
         spans = EnergySpans(clock, round(clocks.NS / config.hw.sample_hz))
         jobs = JobTable()
+        host = HostContext(lambda: node.host_energy_uj)
         node.listeners.append(windows.observe)
         node.listeners.append(spans.observe)
+        node.listeners.append(host.observe)
         if metrics is not None:
             node.listeners.append(metrics.observe)
             events.listeners.append(lambda event: _count(metrics, event))
@@ -183,6 +187,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         if store is not None:
             node.listeners.append(store.append)
             jobs.listeners.append(store.append_job)
+            host.listeners.append(store.append_load)
             events.listeners.append(store.append_event)
         if influx is not None:
             node.listeners.append(influx.append)
@@ -218,8 +223,9 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         handlers.influx = influx
         solver = Solver(clock)
         job_routes = JobRoutes(handlers, spans, jobs, solver)
-        handlers.count_jobs = job_routes.count
-        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table()}
+        host_routes = HostRoutes(handlers, host)
+        handlers.counts += [job_routes.count, host_routes.count]
+        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table(), **host_routes.table()}
         server = Server(clock, routes, rules, lambda: tcp_tokens)
 
         # powerd-hw

@@ -67,6 +67,8 @@ class Node:
         self.processes: Mapping[str, frozenset[int]] = {}
         self.users: Mapping[str, frozenset[int]] = {}
         self.status: Mapping[str, Any] = {}
+        self.host_energy_uj: dict[tuple[str, int], int] = {}  # (package or dram, number): since powerd started or earlier
+        self._host_base_uj: dict[tuple[str, int], tuple[int, int]] = {}  # of earlier powerd-hw, and what this one said last
         self.connected = False
         self.hw_problem = ""
         self._hw_error = ""  # why hw cannot serve, in its own words: worth more than "not connected"
@@ -113,6 +115,15 @@ class Node:
         uids = {pid: _uid_of(pid) for pids in processes.values() for pid in pids}
         self.processes = processes
         self.users = {uuid: frozenset(uid for pid in pids if (uid := uids[pid]) is not None) for uuid, pids in processes.items()}
+
+    def host_energy_table(self, rows: list[list[Any]]) -> None:
+        """CPU and DRAM energy as powerd-hw counts it from its own start: goes on when another one begins again."""
+        for domain, package, value in rows:
+            key, now_uj = (str(domain), int(package)), int(value)
+            base, last = self._host_base_uj.get(key, (0, 0))
+            base += last if now_uj < last else 0
+            self._host_base_uj[key] = base, now_uj
+            self.host_energy_uj[key] = base + now_uj
 
     @property
     def control(self) -> bool:

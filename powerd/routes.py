@@ -29,6 +29,7 @@ from powerd.api import (
     WindowView,
 )
 from powerd.model import Event
+from powerd.records import HostLoad, JobStepRow, LeaseRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ ROUTES: tuple[Route, ...] = (
           media="text/plain"),
     Route("GET", "/openapi.json", "openapi", "This API as OpenAPI 3.1"),
     Route("GET", "/v1/node", "node", "The node, its GPUs and what can be controlled", response=NodeView),
+    Route("GET", "/v1/node/load", "node_load", "CPU and memory of the host, whose processes are on the GPUs", response=HostLoad),
     Route("GET", "/v1/snapshot", "snapshot", "The newest reading of every GPU the caller may see", response=SnapshotView),
     Route("GET", "/v1/stream", "stream", "Server-sent events: snapshot, event, heartbeat; id = sequence number",
           query={"hz": "snapshots per second, at most the sampling rate", "events": "only events when 1"},
@@ -76,6 +78,8 @@ ROUTES: tuple[Route, ...] = (
           request=SpansRequest, response=SpansView, max_body_bytes=4 << 20),
     Route("GET", "/v1/jobs", "jobs", "Training jobs the caller may see, newest first", response=JobView, many=True),
     Route("GET", "/v1/jobs/{job}", "job", "One job", response=JobView),
+    Route("GET", "/v1/jobs/{job}/steps", "job_steps", "Its kept steps, oldest first; the newest `limit` of them",
+          response=JobStepRow, many=True, query={"limit": "at most, 1 to 100000; default 10000"}),
     Route("POST", "/v1/jobs/{job}/events", "job_event", "What a job's rank reports of itself", request=JobEvent, response=Ack,
           max_body_bytes=1 << 20),
     Route("POST", "/v1/perseus/plan", "perseus_plan", "Plan a pipeline's clocks: a job with its profile rows in, a plan out",
@@ -83,6 +87,10 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
           query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
                  "columns": "comma separated"}),
+    Route("GET", "/v1/history/node", "history_node", "Stored load and energy of the host", response=HostLoad, many=True,
+          query={"since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most, 1 to 10000"}),
+    Route("GET", "/v1/history/leases", "history_leases", "Leases that were, newest first", response=LeaseRow, many=True,
+          query={"since": "last changed: Unix seconds or 15m/2h/7d ago", "until": "likewise", "limit": "at most, 1 to 10000"}),
     Route("GET", "/v1/events", "events", "Recent events", response=Event, many=True,
           query={"since": "sequence number", "limit": "at most"}),
     Route("POST", "/v1/panic", "panic", "Every GPU to baseline, refuse wants until resume", response=Ack),

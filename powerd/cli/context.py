@@ -162,6 +162,16 @@ def verdict_text(outcome: Outcome) -> str:
     return f"{text} ({outcome.detail})" if outcome.detail else text
 
 
+def begin_of(since: str, end_s: float) -> float:
+    """``--since``: Unix seconds, or an age before the end; RequestError when it is neither, or not before the end."""
+    from powerd.units import duration_s
+
+    begin_s = float(since) if since.replace(".", "", 1).isdigit() else end_s - duration_s(since)
+    if not 0 <= begin_s < end_s:
+        raise RequestError(f"--since {since}: not before {end_s:.0f}", code="bad_value")
+    return begin_s
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a result file; RequestError when that cannot be done."""
     try:

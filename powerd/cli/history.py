@@ -8,13 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from powerd.cli.context import GpuNames, JsonFlag, connect, note, simulated
-from powerd.cli.output import console, emit_json, table
+from powerd.cli.context import GpuNames, JsonFlag, begin_of, connect, note, simulated
+from powerd.cli.output import console, emit_json, progress, table
 from powerd.cli.status import stamp
+from powerd.errors import RequestError
+
+if TYPE_CHECKING:
+    from powerd.client import Client
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -44,15 +48,27 @@ def history(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw it into a .png, .svg or .pdf instead.")
     ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write every stored row into a .csv or .parquet instead.")
+    ] = None,
+    leases: Annotated[bool, typer.Option("--leases", help="The leases of this time instead, ended ones too.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show stored samples: a line per GPU and column with its course, or a picture."""
+    """Show stored samples: a line per GPU and column with its course, or a picture; or export them; or past leases."""
+    if sum((plot is not None, export is not None, leases)) > 1:
+        raise RequestError("one of --plot, --export and --leases")
+    if leases:
+        _leases(ctx, since, until, as_json)
+        return
     if plot is not None:
         from powerd.plot import check
 
         check(plot)
     client = connect(ctx)
     names = [part for part in (columns or "").split(",") if part] or None
+    if export is not None:
+        _export(client, export, gpus, since, until, names)
+        return
     view = client.history(gpus or "all", since=since, until=until, points=points, columns=names)
     if as_json:
         emit_json(view)
@@ -80,6 +96,33 @@ def history(
     console().print(rows)
     if not any(series.time_s for series in view.series):
         note("no samples in this time; is [store] enabled, and since when?")
+
+
+def _export(client: Client, path: Path, gpus: list[str] | None, since: str, until: str | None, columns: list[str] | None) -> None:
+    from powerd.cli.export import check, write
+
+    check(path)
+    now_s = client.snapshot().wall_ns / 1e9
+    until_s = now_s + 1 if until is None else begin_of(until, now_s + 1)
+    chosen = client.resolve(gpus) if gpus else [c.gpu.uuid for c in client.node().gpus]
+    with progress("exporting") as told:
+        count = write(client, path, chosen, begin_of(since, until_s), until_s, columns, told)
+    note(f"wrote {count} rows to {path}" + ("" if count else "; is [store] enabled, and since when?"))
+
+
+def _leases(ctx: typer.Context, since: str, until: str | None, as_json: bool) -> None:
+    client = connect(ctx)
+    found = client.past_leases(since=since, until=until)
+    if as_json:
+        emit_json(found)
+        return
+    labels = {c.gpu.uuid: str(c.gpu.index) for c in client.node().gpus}
+    rows = table("last change", "lease", "state", "ended by", ">uid", "job", "GPUs", "reason")
+    for lease in found:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lease.wall_ns / 1e9))
+        where = ",".join(labels.get(uuid, uuid) for uuid in lease.gpus)
+        rows.add_row(when, lease.id, lease.state, lease.ending or "-", str(lease.uid), lease.job or "-", where, lease.reason)
+    console().print(rows)
 
 
 def events(

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from powerd.cli import dashboard, doctor, history, influx, jobs, lease, node, perseus, run, status, sweep
+from powerd.cli import dashboard, doctor, history, influx, jobs, lease, node, perseus, report, run, status, sweep
 from powerd.cli.context import Options, note
 from powerd.errors import EXIT_FAILURE, EXIT_USAGE, PowerdError
 
@@ -58,6 +58,7 @@ def build() -> typer.Typer:
     app.command("events")(history.events)
     app.command("jobs")(jobs.jobs)
     app.command("dashboard")(dashboard.dashboard)
+    app.command("report")(report.report)
     app.command("sweep", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(sweep.sweep)
     app.add_typer(perseus.perseus_app, name="perseus")
     app.add_typer(influx.app, name="influx")

@@ -6,6 +6,8 @@ House rules: JSON is the API's own types, unchanged; tables are for eyes and kee
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from powerd import units
@@ -38,6 +40,19 @@ def console(*, stderr: bool = False) -> Console:
     width = None if stream.isatty() else PIPE_WIDTH
     # What is shown comes from users too: no text is markup.
     return Console(stderr=stderr, width=width, highlight=False, markup=False, soft_wrap=False)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr when somebody watches; it is told how much of how much is done."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

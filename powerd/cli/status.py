@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from powerd.api import ControlExplain, Explain, NodeView
+    from powerd.client import Client
+    from powerd.records import HostLoad
 
 
 def status(ctx: typer.Context, gpus: GpuNames = None, as_json: JsonFlag = False) -> None:
@@ -33,11 +35,19 @@ def status(ctx: typer.Context, gpus: GpuNames = None, as_json: JsonFlag = False)
         node = dataclasses.replace(node, gpus=tuple(c for c in node.gpus if c.gpu.uuid in chosen))
         snapshot = dataclasses.replace(snapshot, readings=tuple(r for r in snapshot.readings if r.uuid in chosen))
     if as_json:
-        emit_json({"node": node, "snapshot": snapshot, "leases": leases})
+        emit_json({"node": node, "snapshot": snapshot, "leases": leases, "load": _load(client)})
     else:
         console().print(status_table(node, snapshot, leases))
         if not node.config_reload_ok:
             note(f"the configuration file was refused, the last good one stays in force: {node.config_error}")
+
+
+def _load(client: Client) -> HostLoad | None:
+    """The host around the GPUs; None where a daemon does not tell."""
+    try:
+        return client.node_load()
+    except PowerdError:
+        return None
 
 
 def top(

@@ -15,6 +15,7 @@ from powerd.api import Ack, JobEvent, JobView, Span, SpansRequest, SpansView
 from powerd.client.codec import encode, neutral
 from powerd.client.nodetime import node_now_ns
 from powerd.client.transport import Transport
+from powerd.records import HostLoad, JobStepRow, LeaseRow
 
 T = TypeVar("T")
 
@@ -61,6 +62,41 @@ class JobCalls(ABC):
     def job(self, job: str) -> JobView:
         """One training job: time, energy, goodput and saving."""
         return self._ask(JobView, "job", "GET", f"/v1/jobs/{quote(job, safe='')}")
+
+    def job_steps(self, job: str, *, limit: int = 10_000) -> tuple[JobStepRow, ...]:
+        """Its newest kept steps, oldest first."""
+
+        def ask() -> tuple[JobStepRow, ...]:
+            path = f"/v1/jobs/{quote(job, safe='')}/steps"
+            return self.transport.json(tuple[JobStepRow, ...], "GET", path, query={"limit": limit}, timeout_s=self._wait(30.0))
+
+        return self.guard("job steps", ask, tuple)
+
+    def past_leases(
+        self, *, since: str | float = "24h", until: str | float | None = None, limit: int = 1000
+    ) -> tuple[LeaseRow, ...]:
+        """Leases that changed in this time, newest first, those that have ended too."""
+
+        def ask() -> tuple[LeaseRow, ...]:
+            query = {"since": since, "until": until, "limit": limit}
+            return self.transport.json(tuple[LeaseRow, ...], "GET", "/v1/history/leases", query=query)
+
+        return self.guard("past leases", ask, tuple)
+
+    def node_history(
+        self, *, since: str | float = "15m", until: str | float | None = None, points: int = 500
+    ) -> tuple[HostLoad, ...]:
+        """The host's stored load and energy, oldest first."""
+
+        def ask() -> tuple[HostLoad, ...]:
+            query = {"since": since, "until": until, "points": points}
+            return self.transport.json(tuple[HostLoad, ...], "GET", "/v1/history/node", query=query)
+
+        return self.guard("node history", ask, tuple)
+
+    def node_load(self) -> HostLoad:
+        """CPU and memory of the host, and whose processes are on the GPUs."""
+        return self._ask(HostLoad, "node load", "GET", "/v1/node/load")
 
     def perseus_plan(self, job: dict[str, Any]) -> dict[str, Any]:
         """The clocks of a pipeline job planned by the daemon, for a training image without solvers; a minute at most.

@@ -66,6 +66,7 @@ class Table(IntEnum):
     STATUS = 5
     PLAN = 6
     PLANS = 7  # hw -> powerd: the clock plans that are armed and how they stand, and those that have just ended
+    HOST_ENERGY = 8  # hw -> powerd: [domain, package, microjoules since hw began] once a second, where RAPL is readable
 
 
 class Command(IntEnum):

@@ -27,6 +27,7 @@ from powerd.hw.door import Door
 from powerd.hw.frames import Command, FrameError, Kind, Table
 from powerd.hw.journal import boot_id, prepare_directory
 from powerd.hw.keeper import Keeper
+from powerd.hw.rapl import HostEnergy, powercap
 from powerd.hw.systemd import notify, watchdog_ns
 from powerd.hw.tables import event_row
 from powerd.hw.worker import CAUSES, LEAVE_SETTINGS
@@ -37,7 +38,7 @@ _STOP_LIMIT_S = 20.0
 _TELL_S = 5.0  # how long a child that cannot serve waits for its powerd to hear why
 _LONELY_S = 60.0  # a development child that nobody ever talked to
 _MONITOR_ONLY = "daemon.control = false in powerd-hw's own configuration: nothing is set"
-_FIXED = ("run_dir", "journal_dir", "peer_user")  # of [hw]: what a running powerd-hw cannot change
+_FIXED = ("run_dir", "journal_dir", "peer_user", "powercap_dir")  # of [hw]: what a running powerd-hw cannot change
 _OUTCOMES = 64  # in one frame
 
 
@@ -71,6 +72,7 @@ class Supervisor:
         self._watchdog_ns = watchdog_ns()
         self._capabilities: object = None
         self._processes: object = None
+        self._host_energy = HostEnergy(powercap(config.hw.powercap_dir, clock.simulated))
         self._panic_file = False
         self._events = 0
         self._fed_ns = 0
@@ -159,6 +161,8 @@ class Supervisor:
     def _worker_frame(self, kind: Kind, frame: bytes) -> None:
         if kind is Kind.SNAPSHOT:
             self._progress()
+            if (rows := self._host_energy.rows(self._clock.now_ns())) is not None:
+                self._door.table(Table.HOST_ENERGY, rows)
         self._door.send(frame, may_drop=kind is Kind.SNAPSHOT)
 
     def _worker_table(self, table: Table, content: object) -> None:

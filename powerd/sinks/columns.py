@@ -70,6 +70,9 @@ def schema() -> str:
     CREATE INDEX IF NOT EXISTS events_wall ON events (wall_ns);
     CREATE TABLE IF NOT EXISTS leases (id TEXT PRIMARY KEY, wall_ns INTEGER NOT NULL, state TEXT NOT NULL, ending TEXT,
         uid INTEGER NOT NULL, job TEXT, reason TEXT NOT NULL, gpus TEXT NOT NULL) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS leases_wall ON leases (wall_ns);
+    CREATE TABLE IF NOT EXISTS node (ts INTEGER PRIMARY KEY, cpu_permille INTEGER, load_milli INTEGER, memory_used_mib INTEGER,
+        memory_size_mib INTEGER, cpu_energy_mj INTEGER, dram_energy_mj INTEGER);
     PRAGMA user_version = {SCHEMA_VERSION};
     """
 

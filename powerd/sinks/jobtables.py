@@ -10,7 +10,8 @@ import sqlite3
 from dataclasses import astuple, fields
 from typing import Any
 
-from powerd.jobs import KEEP_STEPS, MAX_JOBS, JobRestored, JobRow, JobStepRow, Record
+from powerd.jobs import KEEP_STEPS, MAX_JOBS, JobRestored, JobRow, Record
+from powerd.records import JobStepRow
 
 _TYPES = {"int": "INTEGER NOT NULL", "float": "REAL NOT NULL", "str": "TEXT NOT NULL", "tuple[str, ...]": "TEXT NOT NULL",
           "int | None": "INTEGER", "float | None": "REAL", "str | None": "TEXT"}  # fmt: skip
@@ -60,14 +61,19 @@ def _read(kind: type, names: list[str], row: tuple[Any, ...]) -> Any:
     return kind(**values)
 
 
+def steps_of(connection: sqlite3.Connection, job: str, limit: int) -> list[JobStepRow]:
+    """The newest retained steps of one job, oldest first."""
+    names = [f.name for f in fields(JobStepRow)]
+    sql = f"SELECT {', '.join(names)} FROM job_step WHERE job = ? AND lost = 0 ORDER BY wall_ns DESC, step DESC LIMIT ?"  # noqa: S608
+    return [_read(JobStepRow, names, row) for row in connection.execute(sql, (job, limit))][::-1]
+
+
 def load(connection: sqlite3.Connection) -> tuple[list[JobRow], list[JobStepRow]]:
     """The newest jobs and the newest retained steps of each, oldest first."""
     names = [f.name for f in fields(JobRow)]
     sql = f"SELECT {', '.join(names)} FROM job ORDER BY last_wall_ns DESC LIMIT ?"  # noqa: S608 (constants)
     jobs: list[JobRow] = [_read(JobRow, names, row) for row in connection.execute(sql, (MAX_JOBS,))]
-    names = [f.name for f in fields(JobStepRow)]
-    sql = f"SELECT {', '.join(names)} FROM job_step WHERE job = ? AND lost = 0 ORDER BY wall_ns DESC, step DESC LIMIT ?"  # noqa: S608
     steps: list[JobStepRow] = []
     for job in jobs:
-        steps += reversed([_read(JobStepRow, names, row) for row in connection.execute(sql, (job.job, KEEP_STEPS))])
+        steps += steps_of(connection, job.job, KEEP_STEPS)
     return jobs, steps

@@ -28,6 +28,7 @@ from powerd.model import (
     Snapshot,
     reason_names,
 )
+from powerd.records import HostLoad
 from powerd.sinks import dcgm
 
 if TYPE_CHECKING:
@@ -91,6 +92,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_training_step_energy_joules", "gauge", "joules", ("job_name",), "Energy per step that was not lost"),
     Metric("powerd_training_step_seconds", "gauge", "seconds", ("job_name",), "Median time of a job's newest steps"),
     Metric("powerd_training_saving_ratio", "gauge", "ratio", ("job_name",), "Energy saved against its own baseline steps"),
+    Metric("powerd_job_gpu", "gauge", "", ("job", "uuid"), "Always 1; a GPU of a running job, to join with the GPU's energy"),
+    Metric("powerd_node_cpu_utilization_ratio", "gauge", "ratio", (), "Share of the host's CPU time in use over the last second"),
+    Metric("powerd_node_load1", "gauge", "", (), "Processes that run or wait, the system's one-minute mean"),
+    Metric("powerd_node_memory_used_bytes", "gauge", "bytes", (), "Memory of the host in use"),
+    Metric("powerd_node_memory_size_bytes", "gauge", "bytes", (), "Memory of the host"),
+    Metric("powerd_cpu_energy_joules", "counter", "joules", ("package",), "Energy of a CPU package (RAPL); absent if unreadable"),
+    Metric("powerd_dram_energy_joules", "counter", "joules", ("package",), "Energy of its DRAM (RAPL); absent if unreadable"),
     Metric("powerd_set_seconds", "summary", "seconds", ("control",), "Time that the driver took to change a setting"),
     Metric("powerd_store_rows", "counter", "", (), "Rows written to the embedded store"),
     Metric("powerd_store_dropped", "counter", "", (), "Rows, events and leases that the embedded store lost to a full queue"),
@@ -204,12 +212,30 @@ class Metrics(Collector):
             if state is not LeaseState.ENDED:
                 self.set("powerd_leases", counts.get(state, 0), str(state))
 
-    def jobs(self, states: Mapping[str, int], counters: Iterable[float]) -> None:
-        """Jobs by state; steps, lost steps and joules that they reported."""
+    def jobs(self, states: Mapping[str, int], counters: Iterable[float], gpus: Iterable[tuple[str, str]] = ()) -> None:
+        """Jobs by state; steps, lost steps and joules that they reported; (job, GPU) of those that run."""
+        self._values["powerd_job_gpu"] = dict.fromkeys(gpus, 1.0)
         for state, count in states.items():
             self.set("powerd_jobs", count, state)
         for name, value in zip(("steps", "lost_steps", "energy_joules"), counters, strict=True):
             self.set(f"powerd_job_{name}", value)
+
+    def host(self, load: HostLoad) -> None:
+        """The load of the host; what is not known has no series."""
+        values = {
+            "cpu_utilization_ratio": load.cpu_ratio, "load1": load.load_1min, "memory_used_bytes": load.memory_used_bytes,
+            "memory_size_bytes": load.memory_size_bytes,
+        }  # fmt: skip
+        for name, value in values.items():
+            if value is None:
+                self._values[f"powerd_node_{name}"].clear()
+            else:
+                self.set(f"powerd_node_{name}", value)
+
+    def host_energy(self, sums_uj: Mapping[tuple[str, int], int]) -> None:
+        """CPU and DRAM energy by package."""
+        for (domain, package), value in sums_uj.items():
+            self.set(f"powerd_{'dram' if domain == 'dram' else 'cpu'}_energy_joules", value / 1e6, str(package))
 
     def plans(self, armed: int, beats: Mapping[str, int], switches: int) -> None:
         """The clock plans, and their sums since powerd started."""

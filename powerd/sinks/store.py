@@ -19,8 +19,9 @@ from powerd.api import HistorySeries, HistoryView, LeaseView
 from powerd.clock import Clock
 from powerd.config import StoreConfig
 from powerd.errors import RequestError, UnavailableError
-from powerd.jobs import JobRow, JobStepRow, Record
+from powerd.jobs import JobRow, Record
 from powerd.model import Event, Snapshot
+from powerd.records import HostLoad, JobStepRow, LeaseRow
 from powerd.sinks import jobtables
 from powerd.sinks.columns import BY_NAME, COLUMNS, TABLES, BitsOr, Column, Kind, select
 from powerd.sinks.writer import Writer
@@ -102,10 +103,49 @@ class Store:
         """Store what a job reported; never waits, never raises."""
         self._writer.put(record)
 
+    def append_load(self, load: HostLoad) -> None:
+        """Store the host's load; never waits, never raises."""
+        self._writer.put(load)
+
+    def loads(self, since_s: float, until_s: float, points: int = 500) -> tuple[HostLoad, ...]:
+        """The host's stored load of a range, oldest first, the last of each of at most ``points`` buckets; UnavailableError."""
+        since, until = int(since_s), -int(-until_s // 1)
+        limits = {"since": since, "until": until, "step": max(1, -(-(until - since) // max(1, points)))}
+        sql = "SELECT *, max(ts) FROM node WHERE ts >= :since AND ts < :until GROUP BY ts / :step ORDER BY ts"
+        with self._reading() as connection:
+            found = connection.execute(sql, limits).fetchall()
+
+        def scaled(value: int | None) -> float | None:
+            return None if value is None else value / 1000
+
+        def bytes_of(value: int | None) -> int | None:
+            return None if value is None else value << 20
+
+        return tuple(
+            HostLoad(ts * 10**9, scaled(cpu), scaled(load), bytes_of(used), bytes_of(size), (), scaled(cpu_mj), scaled(dram_mj))
+            for ts, cpu, load, used, size, cpu_mj, dram_mj, _ in found
+        )
+
     def jobs(self) -> tuple[list[JobRow], list[JobStepRow]]:
         """The newest jobs and the newest retained steps of each, oldest first; UnavailableError."""
         with self._reading() as connection:
             return jobtables.load(connection)
+
+    def job_steps(self, job: str, limit: int) -> list[JobStepRow]:
+        """The newest retained steps of one job, oldest first; UnavailableError."""
+        with self._reading() as connection:
+            return jobtables.steps_of(connection, job, limit)
+
+    def leases(self, since_s: float, until_s: float, limit: int = 1000) -> tuple[LeaseRow, ...]:
+        """Leases whose last change falls into this time, newest first; UnavailableError."""
+        sql = ("SELECT id, wall_ns, state, ending, uid, job, reason, gpus FROM leases WHERE wall_ns >= ? AND wall_ns < ? "
+               "ORDER BY wall_ns DESC, id LIMIT ?")  # fmt: skip
+        with self._reading() as connection:
+            found = connection.execute(sql, (round(since_s * 1e9), round(until_s * 1e9), limit)).fetchall()
+        return tuple(
+            LeaseRow(name, wall, state, ending, uid, job, reason, tuple(json.loads(gpus)))
+            for name, wall, state, ending, uid, job, reason, gpus in found
+        )
 
     def stats(self) -> StoreStats:
         """Counters since start and the size of the file with its log."""

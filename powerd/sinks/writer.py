@@ -18,8 +18,9 @@ from pathlib import Path
 
 from powerd.api import LeaseView
 from powerd.config import StoreConfig
-from powerd.jobs import JobRestored, JobRow, JobStepRow, Record
+from powerd.jobs import JobRestored, JobRow, Record
 from powerd.model import Event, Reading, Snapshot
+from powerd.records import HostLoad, JobStepRow
 from powerd.sinks import jobtables
 from powerd.sinks.columns import COLUMNS, BitsOr, Kind, insert_raw, roll_up, schema
 
@@ -32,11 +33,12 @@ _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FIELDS = attrgetter(*(column.name for column in COLUMNS))
 _INSERT = insert_raw()
 _EVENT = "INSERT INTO events (wall_ns, kind, uuid, subject, detail, data) VALUES (?, ?, ?, ?, ?, ?)"
-_ALL_TABLES = ("raw", "r60", "r3600", "events", "leases", "meta", *jobtables.TABLES)
+_ALL_TABLES = ("raw", "r60", "r3600", "events", "leases", "node", "meta", *jobtables.TABLES)
 _LEASE = "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
-Item = Snapshot | Event | Record | tuple[int, LeaseView]
+_NODE = "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?, ?, ?)"
+Item = Snapshot | Event | Record | HostLoad | tuple[int, LeaseView]
 
 
 @dataclass(slots=True)
@@ -145,6 +147,8 @@ class Writer:
                 self._record(_EVENT, (item.wall_ns, item.kind, item.uuid, item.subject, item.detail, data))
             elif isinstance(item, (JobStepRow, JobRestored, JobRow)):
                 self._record(*jobtables.statement(item))
+            elif isinstance(item, HostLoad):
+                self._record(_NODE, _node_row(item))
             else:
                 wall_ns, lease = item
                 gpus = json.dumps(lease.gpus, separators=(",", ":"))
@@ -273,9 +277,10 @@ class Writer:
             ("r3600", config.hour_days * _DAY),
         ):
             self._expire(connection, table, int(self._newest - keep_s))
-        connection.execute(
-            "DELETE FROM events WHERE wall_ns < ?", ((self._newest - int(config.hour_days * _DAY)) * 1_000_000_000,)
-        )
+        for table in ("events", "leases"):
+            before_ns = (self._newest - int(config.hour_days * _DAY)) * 1_000_000_000
+            connection.execute(f"DELETE FROM {table} WHERE wall_ns < ?", (before_ns,))  # noqa: S608 (constants)
+        connection.execute("DELETE FROM node WHERE ts < ?", (int(self._newest - config.raw_hours * 3600),))
         steps_s, jobs_s = (self._newest - int(days * _DAY) for days in (config.minute_days, config.hour_days))
         jobtables.expire(connection, steps_s * 1_000_000_000, jobs_s * 1_000_000_000)
         connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
@@ -317,6 +322,19 @@ class Writer:
             except sqlite3.Error:
                 pass  # the log is replayed by whoever opens the file next
             self._connection.close()
+
+
+def _node_row(load: HostLoad) -> tuple[object, ...]:
+    """The host's load as stored: scaled integers, as the GPUs' columns."""
+    pairs = (
+        (load.cpu_ratio, 1000.0),
+        (load.load_1min, 1000.0),
+        (load.memory_used_bytes, 2.0**-20),
+        (load.memory_size_bytes, 2.0**-20),
+        (load.cpu_energy_j, 1000.0),
+        (load.dram_energy_j, 1000.0),
+    )
+    return (load.wall_ns // 1_000_000_000, *(None if value is None else round(value * factor) for value, factor in pairs))
 
 
 def _rollback(connection: sqlite3.Connection) -> None:

@@ -37,6 +37,7 @@ from powerd.model import (
     Want,
     WantClass,
 )
+from powerd.records import GpuProcess, HostLoad, JobStepRow, LeaseRow
 
 UUIDS = ("GPU-11111111-1111-4111-8111-111111111111", "GPU-22222222-2222-4222-8222-222222222222")
 
@@ -291,6 +292,21 @@ class FakeDaemon:
                 return (job(), job(job="idle", state="silent", plan=None, saving_fraction=None, lost_steps=0))
             case ["jobs", name]:
                 return job(job=name) if name == "4711" else self.error(404, "not_found", f"no job {name!r}")
+            case ["jobs", _, "steps"]:
+                return tuple(
+                    JobStepRow("4711", 0, i, 10**9 * i, 10**9 * i, 10**9 * i + 9 * 10**8, 0.9, 400.0, 1200.0, None, UUIDS)
+                    for i in range(3)
+                )
+            case ["node", "load"]:
+                return HostLoad(
+                    1_790_000_000_000_000_000, 0.25, 3.5, 8 << 30, 64 << 30, (GpuProcess(UUIDS[0], 4242, "ada", "python"),)
+                )
+            case ["history", "node"]:
+                return ()
+            case ["history", "leases"]:
+                return (
+                    LeaseRow("lease-1", 1_790_000_000_000_000_000, "ended", "released", 1000, "4711", "fine-tuning", UUIDS[:1]),
+                )
             case ["jobs", name, "events"]:
                 return api.Ack(True, f"{decode(api.JobEvent, body).kind} of job {name}")
             case ["energy", "spans"]:

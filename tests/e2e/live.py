@@ -95,7 +95,14 @@ class LiveNode:
     """Simulated GPUs, powerd on them, and its doors; use as a context manager."""
 
     def __init__(
-        self, *, control: bool = True, gpus: int = 2, model: str = "a100-sxm-500w", more: str = "", time: str = "real"
+        self,
+        *,
+        control: bool = True,
+        gpus: int = 2,
+        model: str = "a100-sxm-500w",
+        more: str = "",
+        time: str = "real",
+        hw: str = "",
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="pd"))
         self.root.chmod(0o755)  # others than we ask for permission too
@@ -116,6 +123,7 @@ panic_file = "{self.root}/panic"
 [hw]
 run_dir = "{self.root}/hw"
 journal_dir = "{self.root}/journal"
+{hw}
 [tcp]
 listen = "127.0.0.1:{self.tcp_port}"
 token_file = "{self.token_file}"

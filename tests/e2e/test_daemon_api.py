@@ -49,7 +49,12 @@ def test_every_route_answers_and_only_the_listed_ones_exist(node: Rig) -> None:
     ids = {"window_end": window["id"]}
     order = sorted(
         ROUTES,
-        key=lambda r: (r.name in ("panic", "quiesce", "resume"), r.name == "lease_release", r.name == "job", r.name == "resume"),
+        key=lambda r: (
+            r.name in ("panic", "quiesce", "resume"),
+            r.name == "lease_release",
+            r.name in ("job", "job_steps"),
+            r.name == "resume",
+        ),
     )
     for route in order:
         if route.name in ("stream", "perseus_plan", "plan_arm", "plan_disarm", "dcgm"):

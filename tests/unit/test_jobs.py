@@ -9,7 +9,8 @@ import pytest
 from powerd.api import JobEvent, JobStep, JobView
 from powerd.clock import NS
 from powerd.errors import DeniedError, RequestError
-from powerd.jobs import KEEP_STEPS, MAX_JOBS_OF_USER, SILENT_NS, JobRow, JobStepRow, JobTable, Record
+from powerd.jobs import KEEP_STEPS, MAX_JOBS_OF_USER, SILENT_NS, JobRow, JobTable, Record
+from powerd.records import JobStepRow
 
 A, B = "GPU-a", "GPU-b"
 

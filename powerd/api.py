@@ -227,6 +227,7 @@ class PlanView:
     switches: int  # clocks set since it was armed
     why: str = ""  # it is safe or has ended
     number: int = 0  # what its beats carry
+    plan: ClockPlan | None = None  # GET .../plans only; None there: armed before this powerd started
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class PlanRoutes:
 
     async def plans(self, call: Call) -> web.Response:
         call.query()
-        return call.answer(self._engine.plans.of(self._handlers.visible(call).id))
+        return call.answer(self._engine.plans.shown(self._handlers.visible(call).id))
 
     async def arm(self, call: Call) -> web.Response:
         lease = self._handlers.visible(call)

@@ -38,6 +38,7 @@ class _Known:
     view: PlanView
     answer: asyncio.Future[None] | None = None  # not taken by powerd-hw yet
     beats: Counter[str] = field(default_factory=Counter)
+    plan: ClockPlan | None = None  # as it was asked for; powerd-hw does not tell it back
 
 
 def view_of(row: dict[str, Any]) -> PlanView:
@@ -76,6 +77,10 @@ class PlanBook:
         """The armed plans of a lease."""
         return tuple(k.view for k in self._plans.values() if k.view.lease == lease_id and k.answer is None)
 
+    def shown(self, lease_id: str) -> tuple[PlanView, ...]:
+        """The same with their clocks, where this powerd armed them."""
+        return tuple(replace(view, plan=self._plans[view.number].plan) for view in self.of(lease_id))
+
     def __len__(self) -> int:
         return len(self._plans)
 
@@ -108,7 +113,7 @@ class PlanBook:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         waiting = asyncio.get_running_loop().create_future()
         view = PlanView(plan.id, lease.id, plan.uuid, PlanState.ARMED, len(plan.clocks_mhz), None, None, None, 0, number=number)
-        self._plans[number] = _Known(view, waiting)
+        self._plans[number] = _Known(view, waiting, plan=plan)
         try:
             if self.hw is None or not self.hw.plan(Order(number, lease.id, plan).row(), theirs):
                 theirs.close()

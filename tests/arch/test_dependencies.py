@@ -70,7 +70,7 @@ def test_every_dependency_is_pinned_at_a_version_it_allows() -> None:
 def test_the_peers_are_documented_at_the_versions_that_are_pinned() -> None:
     pinned = pins("constraints-peers.txt")
     peers = documented("Peers")
-    assert {"nvitop", "gpustat", "py3nvml", "zeus", "nvidia-ml-py"} == peers
+    assert {"nvitop", "gpustat", "py3nvml", "zeus", "lowtime", "nvidia-ml-py"} == peers
     assert [name for name in peers if f"{name} {pinned[name]}" not in PAGE] == []
 
 

@@ -127,11 +127,15 @@ token_file = "{self.token_file}"
         self.env["POWERD_SOCKET"] = str(self.socket)
         self.log = self.root / "log"
         self._log = self.log.open("ab")
+        self.client = Client(self.socket)
+        self.start()
+
+    def start(self) -> None:
+        """Start powerd, at first or after its end, and wait for its first samples."""
         self.process = subprocess.Popen(
             command("powerd", "run", "--config", str(self.config)), env=self.env, stdin=subprocess.DEVNULL,
             stdout=self._log, stderr=self._log, start_new_session=True,
         )  # fmt: skip
-        self.client = Client(self.socket)
         try:
             wait_for("powerd serves samples", self._serves)
         except BaseException:

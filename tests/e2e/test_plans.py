@@ -118,9 +118,13 @@ def test_a_plan_is_shown_wherever_a_lease_is(node: LiveNode, lease: Lease) -> No
             return bool(plans) and (plans[0].step, plans[0].index) == (3, 1)
 
         wait_for("the beats are told", told)
+        assert lease.plans()[0].plan == ClockPlan("p1", node.uuids[0], (1410, 900), 1005, 60.0), (
+            "with its clocks, for who draws it"
+        )
         (shown,) = json.loads(node.powerctl("explain", "0", "--json").out)["plans"]
         assert (shown["id"], shown["lease"], shown["state"], shown["step"], shown["index"]) == ("p1", lease.id, "running", 3, 1)
         assert shown["switches"] >= 2
+        assert shown["plan"] is None, "thousands of clocks travel only when asked for"
         assert "p1 running at step 3, 2 of 2" in node.powerctl("explain", "0").out
         assert "p1 running" in node.powerctl("lease", "list").out
         assert "p1 running" in node.powerctl("lease", "show", lease.id).out

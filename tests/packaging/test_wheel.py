@@ -102,6 +102,8 @@ for name in sorted(CHECKOUT_PLACES):
     installed = inside(clean, code)
     assert installed == run(sys.executable, "-I", "-c", code).stdout.strip()
     assert {"systemd powerd.service", "systemd powerd-hw.service", "systemd powerd.socket"} <= set(installed.splitlines())
+    page = {"dashboards web/index.html", "dashboards web/js/app.js", "dashboards web/vendor/uPlot.LICENSE.txt"}
+    assert page <= set(installed.splitlines()), "the web page works from a wheel"
 
 
 def test_both_commands_are_installed(clean: Path) -> None:

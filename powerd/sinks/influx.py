@@ -17,8 +17,9 @@ from pathlib import Path
 from powerd.api import LeaseView
 from powerd.clock import NS, Clock
 from powerd.config import InfluxConfig
-from powerd.jobs import JobRestored, JobRow, JobStepRow, Record
+from powerd.jobs import JobRestored, JobRow, Record
 from powerd.model import Event, Snapshot
+from powerd.records import JobStepRow
 from powerd.sinks.delivery import Delivery
 from powerd.sinks.lines import InferenceRow, Lines
 from powerd.sinks.spool import Spool, age_s

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from powerd.api import LeaseView
 from powerd.clock import NS
-from powerd.jobs import JobRestored, JobRow, JobStepRow, Record
+from powerd.jobs import JobRestored, JobRow, Record
 from powerd.model import CLOCK_EVENT_REASONS, Control, Event, Health, LeaseState, Reading, Snapshot
+from powerd.records import JobStepRow
 
 MEASUREMENTS = ("gpu", "lease", "job", "inference", "event")
 TAGS = ("host", "uuid", "job", "pool")

@@ -8,8 +8,9 @@ import re
 from dashboards.grafana.__main__ import HERE
 from powerd.api import LeaseView, WantSpec
 from powerd.clock import NS
-from powerd.jobs import JobRow, JobStepRow
+from powerd.jobs import JobRow
 from powerd.model import Control, Event, Health, LeaseEnd, LeaseState, Reading, Snapshot, WantClass
+from powerd.records import JobStepRow
 from powerd.sinks.lines import TAGS, Lines
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"

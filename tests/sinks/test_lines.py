@@ -9,8 +9,9 @@ import pytest
 
 from powerd.api import LeaseView, WantSpec
 from powerd.clock import NS
-from powerd.jobs import JobRestored, JobRow, JobStepRow
+from powerd.jobs import JobRestored, JobRow
 from powerd.model import Control, Event, Health, LeaseState, Reading, Snapshot, WantClass
+from powerd.records import JobStepRow
 from powerd.sinks.lines import OTHER, Guard, InferenceRow, Lines, line
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"

@@ -50,7 +50,8 @@ class Frontier:
     def at(self, deadline_s: float) -> Plan:
         """The plan of least energy among those in time, T_opt = min(T*, T'); its energy includes waiting until the deadline.
 
-        Its lower bound is the one of its own, earlier deadline, plus that waiting. RequestError below the shortest time.
+        Its lower bound is -inf unless the deadline is exactly the plan's own: nothing is solved here. RequestError below the
+        shortest time.
         """
         if math.isnan(deadline_s) or deadline_s < self.shortest_s * (1 - 1e-9):
             raise RequestError(

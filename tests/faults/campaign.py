@@ -175,7 +175,7 @@ def _report(score: Score, strikes: int, seed: int) -> Report:
     made.add("broken promises", len(score.failures), "", "0")
     made.add("kill points", len(score.strikes), "")
     made.add("kill points never reached", len(score.unreached), "", "0")
-    made.add("slowest restore after a client's death", max((s * 1000 for s in score.slowest_s.values()), default=0.0), "ms")
+    made.add("slowest restore after a death", max((s * 1000 for s in score.slowest_s.values()), default=0.0), "ms")
     return made
 
 

@@ -109,13 +109,18 @@ def test_the_hosts_load_is_read_shown_and_stored(node: Rig) -> None:
     shown = re.search(r"^powerd_node_memory_size_bytes (\S+)$", page, re.M)
     assert shown is not None
     assert float(shown[1]) == load["memory_size_bytes"]
-    with_store = Store(node.folder / "state" / "history.sqlite", StoreConfig(), RealClock())
-    try:
-        stored = with_store.loads(time.time() - 4000, time.time() + 10, 5000)
-    finally:
-        with_store.close()
+
+    def stored_loads() -> list[HostLoad]:
+        with_store = Store(node.folder / "state" / "history.sqlite", StoreConfig(), RealClock())
+        try:
+            return list(with_store.loads(time.time() - 4000, time.time() + 10, 5000))
+        finally:
+            with_store.close()
+
+    # The first row was written before the daemon began; shown is what it read, stored comes by its own thread.
+    wait_for("the daemon's own row is stored", lambda: len(stored_loads()) > 1)
+    stored = stored_loads()
     assert stored[0].cpu_ratio == 0.5
     assert (stored[0].load_1min, stored[0].memory_used_bytes, stored[0].memory_size_bytes) == (2.25, 8 << 30, 64 << 30)
     assert (stored[0].cpu_energy_j, stored[0].dram_energy_j) == (1234.5, None)
-    assert len(stored) > 1
     assert client.node_history(since="1h", points=1)[-1].wall_ns >= stored[-1].wall_ns

@@ -6,8 +6,8 @@ cannot have been (more tokens than fit the memory) is left out by that rule, nev
 Latency (measured): one iteration prefills at most ``iteration_tokens``, so a prompt of n tokens takes
 ``ceil(n / iteration_tokens) * prefill_fixed_s + n * prefill_token_s``; one decode iteration takes
 ``decode_fixed_s + B * decode_request_s``. Clock (modelled): ``t(f) = t * (share + (1 - share) * f_max / f)``.
-Power (modelled): ``P(x) = off + M + D * x * V(x)^2`` with ``x = f / f_max`` and the voltage V flat below a knee; M is the memory's
-part, in proportion to its use. A power limit makes the clock of a prefill smaller than the one that was asked for.
+Power (modelled): ``P(x) = off + M + D * x * V(x)^2`` with ``x = f / f_max`` and the voltage V flat below a knee; M is the
+memory's part, in proportion to its use. A power limit makes the clock of a prefill smaller than the one that was asked for.
 """
 
 from __future__ import annotations
@@ -120,9 +120,8 @@ def latencies(text: str, name: str = "data") -> tuple[Latency, ...]:
     """The measured set-ups of a CSV with ``LATENCY_COLUMNS`` (ms; others are ignored); RequestError naming line and column."""
     groups: dict[tuple[str, int, int, int, int], list[tuple[float, float, float, float]]] = defaultdict(list)
     for row in _rows(text, name, LATENCY_COLUMNS):
-        key = (
-            row.words["hardware"],
-            *(int(row.number(c)) for c in ("tensor_parallel", "batch_size", "prompt_size", "token_size")),
+        tp, batch, prompt, output = (
+            int(row.number(c, above=0.0)) for c in ("tensor_parallel", "batch_size", "prompt_size", "token_size")
         )
         prompt_ms, token_ms = row.number("prompt_time", above=0.0), row.number("token_time", above=0.0)
         groups[row.words["hardware"], tp, batch, prompt, output].append(

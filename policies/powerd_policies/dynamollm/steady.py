@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from powerd.errors import RequestError
+from powerd_policies.dynamollm.cells import rows
 from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.profile import Profile, ProfilePoint
@@ -264,6 +266,23 @@ def profile_of(
                     )
                 )  # fmt: skip
     return Profile(points)
+
+
+def lengths_of(trace: str, classes: Classes, name: str = "trace") -> dict[str, Lengths]:
+    """The lengths of each class that occurs in a trace (CSV with ``ContextTokens,GeneratedTokens``), by class.
+
+    Requests beyond the context limit have no class and are left out. RequestError naming line and column.
+    """
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows(trace, name, ("ContextTokens", "GeneratedTokens")):
+        prompt, output = row.number("ContextTokens", above=0.0), row.number("GeneratedTokens", above=0.0)
+        if (own := classes.name(int(prompt), int(output))) is not None:
+            prompts, outputs = found.setdefault(own, ([], []))
+            prompts.append(prompt)
+            outputs.append(output)
+    if not found:
+        raise RequestError(f"{name} holds no request within the context limit", code="bad_value")
+    return {own: Lengths.of(*found[own]) for own in sorted(found)}
 
 
 def _most(keeps: Callable[[float], bool]) -> float:

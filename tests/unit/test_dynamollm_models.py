@@ -1,7 +1,8 @@
-"""Engine models: the shipped ones are what their builder makes, the clock and the limit do what they must, bad files are refused."""
+"""Engine models: the shipped ones are what their builder makes, clocks and limits do what they must, bad files are refused."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_lower_clock_is_never_faster_and_never_draws_more(gpu: fit.Gpu) -> Non
     model = enginemodels.load(f"llama2-70b_{gpu.name}")
     for tp in model.tps:
         rows = [model.table[tp, clock] for clock in model.clocks_mhz(tp)]
-        for high, low in zip(rows, rows[1:], strict=False):
+        for high, low in itertools.pairwise(rows):
             for tokens, batch in ((0, 1), (0, 64), (512, 0), (2048, 32)):
                 assert low.iteration_s(tokens, batch) >= high.iteration_s(tokens, batch)
             assert low.prefill_w <= high.prefill_w

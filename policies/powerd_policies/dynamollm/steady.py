@@ -24,7 +24,7 @@ from powerd_policies.dynamollm.profile import Profile, ProfilePoint
 
 Limit = Literal["compute", "chunk", "running", "kv"]
 #: Loads of a tabulated profile, as shares of the most that the instance takes within its SLO.
-LOADS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LOADS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _LEAST_RPS = 0.01
 _Z99 = 2.33  # standard deviations of the 99th percentile
 #: Gaps of a request that may be long without touching its own P99, n = 0, 1, ...: the mean number of long gaps at which 99 of 100
@@ -200,7 +200,7 @@ def _steady(c: Coefficients, kv_tokens: int, total: _Total, chunk_tokens: int, m
 def _prompt_beside(total: _Total, iteration_s: float, chunk_tokens: int) -> float:
     """Prompt tokens in the iterations that make a request's own P99 gap: of the longest prompt and of those beside it."""
     gaps = max(total.output_rate / total.rps, 1.0)
-    ignored = min(int(0.01 * gaps), len(_RARE) - 1)
+    ignored = min(int(0.006 * gaps), len(_RARE) - 1)  # of the shorter answers of the class, which feel one long gap more
     rare = min(_RARE[ignored] / gaps, 1.0)
     arriving = total.chunk_rate * iteration_s
     mean = total.prompt_rate / total.chunk_rate
@@ -208,7 +208,7 @@ def _prompt_beside(total: _Total, iteration_s: float, chunk_tokens: int) -> floa
     above = 1.0 - term  # the share of iterations with more than ``count`` chunks
     count, tokens = 0, 0.0
     while above > rare and tokens < chunk_tokens:
-        tokens += mean if count else total.prompt_p99
+        tokens += mean if count or ignored >= 2 else total.prompt_p99  # the longest prompts are among the ignored
         count += 1
         term *= arriving / count
         above -= term

@@ -159,3 +159,13 @@ def test_data_without_the_gpu_are_refused_with_what_they_hold(tmp_path: Path, ca
     only.write_text("".join(line for line in DATA.read_text().splitlines(keepends=True) if "h100" not in line))
     assert main(["build", "--data", str(only), "--gpu", "h100"]) == 2
     assert "nothing of h100-80gb" in capsys.readouterr().err
+
+
+def test_a_sweep_starts_from_what_ships_and_changes_only_what_it_says() -> None:
+    shipped = enginemodels.load()
+    same, worst = (enginemodels.assuming(fit.Assumptions(sensitivity=end)) for end in (1.0, 0.0))
+    assert same.table[4, 1005].decode_fixed_s == pytest.approx(shipped.table[4, 1005].decode_fixed_s)
+    assert worst.table[4, 1980] == same.table[4, 1980], "at the highest clock nothing is assumed about lower ones"
+    assert worst.table[4, 1005].decode_fixed_s > 1.5 * same.table[4, 1005].decode_fixed_s
+    with pytest.raises(RequestError, match="no measurements of 'b200'"):
+        enginemodels.assuming(fit.Assumptions(), "b200")

@@ -192,3 +192,28 @@ def test_lengths_of_a_trace_are_kept_by_class_and_bad_rows_are_named() -> None:
         steady.lengths_of(head + "a,100,50\nb,0,70\n", CLASSES)
     with pytest.raises(RequestError, match="no request within the context limit"):
         steady.lengths_of(head + "c,9000,10\n", CLASSES)
+
+
+@pytest.mark.parametrize(("tp", "clock_mhz"), [(2, 1980), (2, 1005), (4, 1530), (8, 1980)])
+def test_a_chunk_is_as_large_as_the_pace_allows(tp: int, clock_mhz: int) -> None:
+    c = MODEL.table[tp, clock_mhz]
+    chunk = steady.chunk_for(c, 0.1, 20)
+    assert c.iteration_s(chunk, 20) <= 0.1 < c.iteration_s(chunk + 64, 20)
+    assert steady.chunk_for(c, 10.0, 20) == 2048
+    assert steady.chunk_for(c, 0.02, 20) == 0
+
+
+@pytest.mark.parametrize(("name", "rps"), [("SS", 4.0), ("MM", 1.5), ("LL", 0.15)])
+def test_the_clock_it_chooses_is_as_good_as_the_best_simulated_one(name: str, rps: float) -> None:
+    clocks = MODEL.clocks_mhz(4)[::2]
+    told = steady.by_clock(MODEL, 4, {name: Work(rps, lengths(name))}, CHUNK)
+    seen = {clock: one_instance.run(MODEL.table[4, clock], rps, drawn(name), CHUNK, requests=500) for clock in clocks}
+    slo = CLASSES.slos[name]
+
+    def kept(clock: int, slack: float) -> bool:
+        return seen[clock].ttft_p99_s <= slack * slo.ttft_s and seen[clock].own_tbt_p99_s <= slack * slo.tbt_s
+
+    chosen = min((clock for clock in clocks if told[clock].meets(CLASSES.slos)), key=lambda clock: told[clock].power_w)
+    best = min((clock for clock in clocks if kept(clock, 1.0)), key=lambda clock: seen[clock].power_w)
+    assert kept(chosen, 1.1), "what it promises is kept, but for the noise of 500 requests"
+    assert seen[chosen].power_w <= 1.05 * seen[best].power_w, "watts lost against the best choice"

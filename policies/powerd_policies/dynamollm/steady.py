@@ -118,6 +118,19 @@ def by_clock(
     return {clock: _steady(model.table[tp, clock], model.kv_tokens[tp], total, chunk_tokens, max_running) for clock in clocks}
 
 
+def chunk_for(coefficients: Coefficients, tbt_s: float, running: int, most: int = 2048) -> int:
+    """Return the most prompt tokens that one iteration may compute beside ``running`` decoding requests within ``tbt_s`` seconds.
+
+    In steps of 64, ``most`` at most; 0: not even one step fits, so that no chunk keeps this pace.
+    """
+    c = coefficients
+    room_s = tbt_s - max(c.decode_fixed_s, c.prefill_fixed_s) - c.decode_request_s * running
+    if room_s <= 0.0:
+        return 0
+    tokens = room_s / c.prefill_token_s if c.prefill_token_s > 0.0 else math.inf
+    return int(min(tokens, most)) // 64 * 64
+
+
 @dataclass(frozen=True, slots=True)
 class _Total:
     """What of a mix does not depend on the instance."""

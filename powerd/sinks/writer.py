@@ -283,7 +283,7 @@ class Writer:
         connection.execute("DELETE FROM node WHERE ts < ?", (int(self._newest - config.raw_hours * 3600),))
         steps_s, jobs_s = (self._newest - int(days * _DAY) for days in (config.minute_days, config.hour_days))
         jobtables.expire(connection, steps_s * 1_000_000_000, jobs_s * 1_000_000_000)
-        connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
+        connection.executescript("PRAGMA incremental_vacuum(64)")  # execute() would stop after the first page
         self._minute = minute
 
     def _roll(self, connection: sqlite3.Connection, source: str, target: str, step: int) -> None:

@@ -158,6 +158,21 @@ def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path):
     again.close()
 
 
+def test_room_of_old_rows_is_given_back_to_the_file_system(tmp_path: Path):
+    config = StoreConfig(raw_hours=1.0)
+    one = store(tmp_path, config)
+    fill(one, range(0, 1800))
+    one.close()
+    for minute in range(8):
+        one = store(tmp_path, config)
+        fill(one, range(8 * 3600 + 60 * minute, 8 * 3600 + 60 * minute + 1))
+        one.close()
+    link = sqlite3.connect(tmp_path / "store.sqlite")
+    (free,), (pages,) = (link.execute(f"PRAGMA {what}").fetchone() for what in ("freelist_count", "page_count"))
+    link.close()
+    assert free < pages / 4
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 hours of 1 Hz rows of two GPUs."""

@@ -46,10 +46,10 @@ def profile() -> Profile:
 
 def most(name: str, tp: int, clock_mhz: int) -> float:
     """Requests per second at which an instance is about to be overloaded."""
-    low, high = 0.0, 200.0
+    low, high, own = 0.0, 200.0, lengths(name)
     for _ in range(30):
         middle = (low + high) / 2
-        seen = steady.steady(MODEL.table[tp, clock_mhz], 10**9, {name: Work(middle, lengths(name))}, CHUNK)
+        seen = steady.steady(MODEL.table[tp, clock_mhz], 10**9, {name: Work(middle, own)}, CHUNK)
         low, high = (middle, high) if seen.feasible else (low, middle)
     return low
 
@@ -113,10 +113,8 @@ def test_an_instance_that_cannot_keep_up_says_which_limit_it_hits(
 
 def test_more_load_is_never_quicker_and_never_draws_less() -> None:
     for name in SHAPES:
-        seen = [
-            steady.steady(MODEL.table[4, 1530], 10**9, {name: Work(most(name, 4, 1530) * n / 40, lengths(name))}, CHUNK)
-            for n in range(1, 40)
-        ]
+        top, own = most(name, 4, 1530), lengths(name)
+        seen = [steady.steady(MODEL.table[4, 1530], 10**9, {name: Work(top * n / 40, own)}, CHUNK) for n in range(1, 40)]
         for low, high in itertools.pairwise(seen):
             assert low.ttft_p99_s is not None
             assert high.ttft_p99_s is not None

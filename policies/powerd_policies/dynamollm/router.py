@@ -55,7 +55,7 @@ class Router:
     ``route`` may be called from any thread while another updates: each call sees one whole table.
     """
 
-    def __init__(self, model: EngineModel, classes: Classes | None = None, chunk_tokens: int = 2048) -> None:
+    def __init__(self, model: EngineModel, classes: Classes | None = None, chunk_tokens: int = 512) -> None:
         self.classes = classes or Classes()
         self._chunk_tokens = chunk_tokens  # of prompts and decoding requests together, in one iteration of the engine
         self._model = model

@@ -165,8 +165,10 @@ def test_the_choice_is_the_rule_read_aloud(requests: list[tuple[int, int, bool]]
 
 def test_two_threads_lose_no_count_while_a_third_updates() -> None:
     both = states(("a", "one"), ("b", "one"))
-    each = router(both)
+    each = Router(MODEL, lock=threading.Lock())
     wanted = plan(both, dict.fromkeys(NAMES, ("one",)))
+
+    each.update(wanted, both)
 
     def send() -> None:
         for _ in range(3000):

@@ -6,8 +6,8 @@ another; the shape is assumed and its noise is that of the one real hour, and bo
 The rate at second ``t`` is ``requests_per_s * shape(t) * noise(t) * burst(t)``:
 
 - ``shape``: ``night + (1 - night) * ((1 + cos(2 pi (hour - peak_hour) / 24)) / 2) ** sharpness``, times ``weekend`` on Saturdays
-  and Sundays, divided by its mean over a week. The defaults put a weekday's peak at 1.7 and its trough at 0.5 of the mean, about what
-  is told of a conversation service's week (DynamoLLM section 3: peak 1.7 times the mean and 3.3 times the trough; from memory).
+  and Sundays, divided by its mean over a week. The defaults put a weekday's peak at 1.7 and its trough at 0.5 of the mean, about
+  what is told of a conversation service's week (DynamoLLM section 3: peak 1.7 times the mean and 3.3 times the trough).
 - ``noise``: two log-normal autoregressions of mean 1. The published conversation hour counts 2.5 times the variance of a Poisson
   process in windows of 5 s, 3.9 in 10 s, 16 in 60 s and 56 in 300 s; the defaults give about the same.
 - ``burst``: ``1 + burst_gain`` for an exponential time of mean ``burst_s``, ``bursts_per_hour`` times an hour.

@@ -1,7 +1,7 @@
 """More or less of a trace: jittered copies above its own load, thinning below it, any factor between.
 
-House rules: lengths stay those of real requests, copied whole; a seed and a factor decide everything; what a factor keeps a larger
-factor keeps as well, so that a search over factors compares like with like.
+House rules: lengths stay those of real requests, copied whole; a seed and a factor decide everything; what a factor keeps a
+larger factor keeps as well, so that a search over factors compares like with like.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from powerd.errors import RequestError
 from powerd.sim.replay.trace import Trace
@@ -18,7 +19,7 @@ JITTER_S: Final = 15.0
 
 
 def scaled(trace: Trace, factor: float, seed: int = 0, jitter_s: float = JITTER_S) -> Trace:
-    """Return ``factor`` times the requests, within the same time: copy k is moved by up to +-``jitter_s``; the last one is thinned.
+    """Return ``factor`` times the requests in the same time: copies are moved by up to +-``jitter_s``, the last one is thinned.
 
     RequestError for a factor that is not above 0 or makes more than 100 copies.
     """
@@ -39,9 +40,7 @@ def scaled(trace: Trace, factor: float, seed: int = 0, jitter_s: float = JITTER_
     )
 
 
-def _reflected(
-    arrival_s: np.ndarray[tuple[int], np.dtype[np.float64]], length_s: float
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _reflected(arrival_s: NDArray[np.float64], length_s: float) -> NDArray[np.float64]:
     """Arrivals that a shift moved out of the trace come back in from its ends: clipped, they would make a burst there."""
     inside = np.abs(arrival_s)
     late = inside > length_s

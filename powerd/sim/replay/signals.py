@@ -1,7 +1,7 @@
 """Carbon intensity over the day, as a grid with much sun has it: low at midday, high in the evening.
 
-House rules: the shape is assumed (after California's "duck" curve) and its parameters are the scenario's; its mean over a day is the
-stated one; nothing here is a forecast, so that a controller may read it at any time.
+House rules: the shape is assumed (after California's "duck" curve) and its parameters are the scenario's; its mean over a day is
+the stated one; nothing here is a forecast, so that a controller may read it at any time.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def within_slo(outcome: Outcome, workload: Workload, classes: Classes) -> NDArra
     ttft_s, tbt_s = (
         np.array([getattr(classes.slos[name], slo) for name in NAMES])[requests.true_class] for slo in ("ttft_s", "tbt_s")
     )
-    finished = np.isfinite(results.finish_s) & ~results.rejected
+    finished = results.finished
     gaps_kept = np.where(np.isnan(results.tbt_p99_s), True, results.tbt_p99_s <= tbt_s)  # one token has no gap
     return np.asarray(finished & (results.ttft_s <= ttft_s) & gaps_kept)
 
@@ -49,18 +49,18 @@ def of_policy(outcome: Outcome, workload: Workload, setting: Setting, prices: Pr
     results, true = outcome.results, workload.requests.true_class
     kept, gaps_s = within_slo(outcome, workload, setting.classes), _mean_gap_s(outcome, workload)
     rejected = np.asarray(results.rejected)
+    # What nobody's request is to blame for (idle GPUs, starts) is shared in proportion to what requests used.
+    joules = results.energy_j * (results.total_j / (results.energy_j.sum() or 1.0))
     power_w = np.asarray(results.power_w)
     times_s = (np.arange(len(power_w)) + 0.5) * setting.config.tick_s
-    energy_kwh = results.energy_j / J_PER_KWH
+    energy_kwh = results.total_j / J_PER_KWH
     inside = power_w[: max(1, int(workload.length_s // setting.config.tick_s))]
-    gpu_hours = results.gpu_s / 3600
-    span_h = max(workload.length_s, getattr(results, "end_s", 0.0)) / 3600
-    off_kwh = max(0.0, setting.gpus * span_h - gpu_hours) * setting.model.off_w / 1000
+    gpu_hours = results.gpu_hours
     tick_kwh = power_w * setting.config.tick_s / J_PER_KWH
     carbon_g = float((tick_kwh * setting.carbon.over(times_s)).sum()) if setting.carbon is not None else None
     made = {
         "energy_kwh": energy_kwh,
-        "energy_kwh_off_72w": energy_kwh + off_kwh,
+        "energy_kwh_off_72w": (results.total_j + results.off_j) / J_PER_KWH,
         "gpu_hours": gpu_hours,
         "carbon_kg": None if carbon_g is None else carbon_g / 1000,
         "cost_usd": gpu_hours * prices.usd_per_gpu_hour,
@@ -68,9 +68,9 @@ def of_policy(outcome: Outcome, workload: Workload, setting: Setting, prices: Pr
         "power_p99_w": float(np.percentile(inside, 99)),
         "requests": len(kept) + workload.oversize,
         "rejected": int(rejected.sum()) + workload.oversize,
-        "unfinished": int((~np.isfinite(results.finish_s) & ~rejected).sum()),
+        "unfinished": int((~results.finished & ~rejected).sum()),
         "slo_attainment": float(kept.sum() / (len(kept) + workload.oversize)),
-        "classes": {name: _of_class(outcome, kept, true == n, gaps_s) for n, name in enumerate(NAMES)},
+        "classes": {name: _of_class(outcome, kept, true == n, gaps_s, joules) for n, name in enumerate(NAMES)},
         "event_counts": dict(sorted(Counter(event.kind for event in outcome.events).items())),
         "events": _told(outcome.events),
     }
@@ -83,7 +83,9 @@ def _mean_gap_s(outcome: Outcome, workload: Workload) -> NDArray[np.float64]:
     return np.asarray((results.finish_s - requests.arrival_s - results.ttft_s) / gaps)
 
 
-def _of_class(outcome: Outcome, kept: NDArray[np.bool_], here: NDArray[np.bool_], gaps_s: NDArray[np.float64]) -> dict[str, Any]:
+def _of_class(
+    outcome: Outcome, kept: NDArray[np.bool_], here: NDArray[np.bool_], gaps_s: NDArray[np.float64], joules: NDArray[np.float64]
+) -> dict[str, Any]:
     results, count = outcome.results, int(here.sum())
     made: dict[str, Any] = {"requests": count, "slo_attainment": float(kept[here].mean()) if count else None}
     for key, q, values in (
@@ -92,7 +94,7 @@ def _of_class(outcome: Outcome, kept: NDArray[np.bool_], here: NDArray[np.bool_]
     ):  # fmt: skip
         known = values[here & np.isfinite(values)]
         made[key] = float(np.percentile(known, q)) if len(known) else None
-    made["energy_per_request_j"] = float(results.energy_j_by_request[here].mean()) if count else None
+    made["energy_per_request_j"] = float(joules[here].mean()) if count else None
     return made
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from powerd.sim.cluster import Cluster, ClusterConfig, Results
 from powerd.sim.replay.signals import Carbon
@@ -17,6 +18,7 @@ from powerd_policies.dynamollm.classes import Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetController, FleetEvent, FleetState
 
+LAST_STEP_S: Final = 1.0
 #: Told how many seconds of the trace are done.
 Watch = Callable[[float], None]
 
@@ -72,20 +74,28 @@ def replay(
         setting.model, workload.requests, setting.classes, config or setting.config, gpus=setting.gpus, seed=workload.seed
     )
     timeline, events = Timeline(), list[FleetEvent]()
-    now_s, sample_at_s = 0.0, 0.0
-    while now_s < workload.length_s:
+    now_s, sample_at_s, end_s = 0.0, 0.0, workload.length_s + cluster.config.horizon_s
+    while now_s < end_s:
         state = cluster.state()
         if setting.carbon is not None:
             state = replace(state, carbon_g_per_kwh=setting.carbon.at(now_s))
+        if now_s >= workload.length_s and not _busy(state):
+            break
         plan = controller.decide(state)
         events += plan.events
-        cluster.apply(plan)
+        events += cluster.apply(plan)
         if now_s >= sample_at_s:
-            timeline.add(cluster.state() if now_s == 0.0 else state)
+            timeline.add(state)
             sample_at_s += setting.sample_s
-            watch(now_s)
-        now_s = min(now_s + controller.period_s, workload.length_s)
+            watch(min(now_s, workload.length_s))
+        # After the trace's end the fleet goes on until the last answer, but looks more often whether that was it.
+        step_s = controller.period_s if now_s < workload.length_s else min(controller.period_s, LAST_STEP_S)
+        until_s = workload.length_s if now_s < workload.length_s else end_s
+        now_s = min(now_s + step_s, until_s)
         cluster.advance(now_s)
-    results = cluster.results()
     watch(workload.length_s)
-    return Outcome(controller.name, results, timeline, tuple(sorted((*events, *results.events), key=lambda e: e.at_s)))
+    return Outcome(controller.name, cluster.results(), timeline, tuple(events))
+
+
+def _busy(state: FleetState) -> bool:
+    return any(each.load.running or each.load.queued for each in state.instances)

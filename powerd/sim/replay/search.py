@@ -1,17 +1,15 @@
 """Searches with the simulator: the largest load that a fleet keeps, and the cheapest fixed fleet that keeps a load.
 
-House rules: what is searched on a part of a trace is verified on the whole of it; a search that finds nothing says what came
-closest; whether a fleet keeps a load is decided by the same rule as in reports.
+House rules: every trial runs the whole trace; whether a fleet keeps a load is decided by the same rule as in reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
-from powerd.sim.replay.trace import Trace
+from powerd.sim.replay.fixed import FixedFleet
 
 KEPT: Final = 0.99
 CLASS_KEPT: Final = 0.95
@@ -37,10 +35,55 @@ def largest_load(keeps: Callable[[float], bool], start: float = 1.0, tolerance: 
     return low
 
 
-def busiest(trace: Trace, share: float = 0.9, window_s: float = 3600.0) -> list[Trace]:
-    """Return the windows with at least ``share`` of the busiest one's prompt tokens: where a fixed fleet fails first."""
-    if trace.length_s <= 1.5 * window_s:
-        return [trace]
-    count = int(trace.length_s // window_s)
-    tokens = np.bincount((trace.arrival_s // window_s).astype(int), trace.prompt_tokens, count + 1)[:count]
-    return [trace.between(n * window_s, (n + 1) * window_s) for n in np.flatnonzero(tokens >= share * tokens.max())]
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A fixed fleet and what it came to: the share of requests in SLO, the worst class's share, and kWh."""
+
+    fleet: FixedFleet
+    kept: float
+    worst: float
+    energy_kwh: float
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps the promises."""
+        return self.kept >= KEPT and self.worst >= CLASS_KEPT
+
+
+Judge = Callable[[FixedFleet], Tried]
+
+
+def cheapest(judge: Judge, kinds: Sequence[tuple[int, int, int]], gpus: int) -> tuple[Tried | None, list[Tried]]:
+    """Return the cheapest fixed fleet that keeps the promises, and all that were tried.
+
+    ``kinds`` are (tensor parallelism, clock, a first guess of instances), the most promising first. Of each kind the fewest
+    instances are searched, as more of the same only use more. A kind is left as soon as a fleet of it that is still too small uses
+    more than the best found.
+    """
+    best: Tried | None = None
+    tried: list[Tried] = []
+    for tp, clock_mhz, guess in kinds:
+        seen: dict[int, Tried] = {}
+        low, high = 0, gpus // tp + 1  # too few, enough (or one more than there are GPUs for)
+        count = min(max(guess, 1), high - 1)
+        while high - low > 1:
+            seen[count] = made = judge(FixedFleet(tp, count, clock_mhz))
+            tried.append(made)
+            if made.feasible:
+                high = count
+            elif best is not None and made.energy_kwh >= best.energy_kwh:
+                break
+            else:
+                low = count
+            count = _next(count, low, high, made.kept)
+        if (found := seen.get(high)) is not None and (best is None or found.energy_kwh < best.energy_kwh):
+            best = found
+    return best, tried
+
+
+def _next(count: int, low: int, high: int, kept: float) -> int:
+    """The neighbour first, since guesses are good; bisection where they are not."""
+    if high == count:
+        return count - 1 if count - 1 > low else (low + high) // 2
+    far = kept < 0.9
+    return (low + high + 1) // 2 if far and high - low > 2 else min(count + 1, high - 1)

@@ -44,9 +44,9 @@ def class_of(classes: Classes, prompt_tokens: NDArray[np.int32], output_tokens: 
     return np.where(prompt < 3, 3 * prompt + output, -1).astype(np.int8)
 
 
-def workload(trace: Trace, scenario: Scenario, seed: int | None = None) -> Workload:
-    """Return the requests of a trace with their true and predicted classes; RequestError when all are too long."""
-    classes, seed = scenario.request_classes(), scenario.run.seed if seed is None else seed
+def workload(trace: Trace, scenario: Scenario, past: Trace) -> Workload:
+    """Return a trace's requests with their true classes, and those that ``past`` lets predict; RequestError when all are too long."""
+    classes, seed = scenario.request_classes(), scenario.run.seed
     true = class_of(classes, trace.prompt_tokens, trace.output_tokens)
     fits = true >= 0
     if not fits.any():
@@ -55,7 +55,8 @@ def workload(trace: Trace, scenario: Scenario, seed: int | None = None) -> Workl
         )
     prompt, output, true = trace.prompt_tokens[fits], trace.output_tokens[fits], true[fits]
     routed = predicted(scenario, prompt, true, seed)
-    requests = Requests(trace.arrival_s[fits], prompt, output, true, routed)
+    tokens = typical_outputs(classes, past)[routed]
+    requests = Requests(trace.arrival_s[fits], prompt, output, true, routed, tokens)
     return Workload(trace, requests, int((~fits).sum()), seed)
 
 
@@ -67,6 +68,17 @@ def predicted(scenario: Scenario, prompt_tokens: NDArray[np.int32], true: NDArra
     wrong = dice.random(len(true)) >= scenario.forecast.output_accuracy
     size = np.where(wrong, (true % 3 + dice.integers(1, 3, len(true))) % 3, true % 3)
     return (true // 3 * 3 + size).astype(np.int8)
+
+
+def typical_outputs(classes: Classes, past: Trace) -> NDArray[np.int32]:
+    """Return for each class the mean answer of a past trace; where that has none, of its length whatever the prompt."""
+    at, outputs = class_of(classes, past.prompt_tokens, past.output_tokens), past.output_tokens.astype(float)
+    found = np.zeros(len(NAMES))
+    for n in range(len(NAMES)):
+        of_class, of_size = at == n, (at >= 0) & (at % 3 == n % 3)
+        here = of_class if of_class.any() else of_size
+        found[n] = outputs[here].mean() if here.any() else (1, *classes.output_bounds)[n % 3]
+    return found.round().astype(np.int32)
 
 
 def observations(trace: Trace, classes: Classes, window_s: float = 300.0) -> Iterator[Observed]:

@@ -7,6 +7,7 @@ engine's metrics and a load balancer could tell it, never the future; two runs o
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import Counter
 from collections.abc import Iterable
 from itertools import accumulate
@@ -16,6 +17,7 @@ import numpy as np
 from powerd.sim.cluster import core
 from powerd.sim.cluster.gpubook import GpuBook, Member
 from powerd.sim.cluster.inputs import ClusterConfig, Requests
+from powerd.sim.cluster.plancheck import check
 from powerd.sim.cluster.results import Results
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
@@ -28,10 +30,6 @@ from powerd_policies.dynamollm.fleet import (
     InstanceState,
     InstanceWant,
 )
-
-
-class PlanError(ValueError):
-    """A plan that cannot be carried out; the message says what is wrong. Nothing was changed."""
 
 
 class Cluster:
@@ -127,7 +125,7 @@ class Cluster:
         ``PlanError`` for a plan that cannot be carried out and ``RuntimeError`` after ``results``; nothing is changed then.
         """
         self._check_open()
-        self._check(plan)
+        check(plan, self.model, self.gpus, self._known, {member.id: member.tp for member in self._members.values()})
         group, now_ns = self._plans, int(self._library.cluster_now(self._core))
         self._plans += 1
         named = {want.id for want in plan.instances if want.id is not None}
@@ -144,8 +142,11 @@ class Cluster:
                 self._tell("gone", want.id, "it has ended and is not started again")
         self._reap(now_ns)
         self._routes = dict(plan.routes)
-        self._begin_waiting(now_ns, warm_begin=self.config.warm_begin and group == 0)
+        warm_begin = self.config.warm_begin and group == 0
+        self._begin_waiting(now_ns, warm_begin=warm_begin)
         self._route()
+        if warm_begin:  # they need no time to start
+            self._library.cluster_advance(self._core, now_ns)
         self._library.cluster_place_waiting(self._core)
         self._rescue(plan)
         self._check_memory()
@@ -196,49 +197,19 @@ class Cluster:
         span_s = np.full(ticks, self.config.tick_s)
         if ticks:
             span_s[-1] = min(self.config.tick_s, now_ns / 1e9 - self.config.begin_s - (ticks - 1) * self.config.tick_s)
-        counts = {name: int(getattr(totals, name)) for name, kind in core.CoreTotals._fields_ if kind is ctypes.c_int64}
+        counts = {name: int(getattr(totals, name)) for name in core.COUNTS}
         rejected = self._rejected.astype(np.bool_)
         counts |= {"rejected": int(rejected.sum()), "starts": 0, "reshards": 0, "stops": 0, **self._counts}
         counts["unfinished"] = len(self.requests) - counts["finished"] - counts["rejected"]
         self._results = Results(
-            self.config.begin_s, now_ns / 1e9, self._ttft_s, self._tbt_s, self._finish_s, self._energy_j, rejected, self._instance,
-            tuple(self._names), totals.energy_j, totals.idle_j, totals.gpu_s,
+            self.config.begin_s, now_ns / 1e9, self._ttft_s, self._tbt_s, self._finish_s, self._energy_j, rejected,
+            self._instance, tuple(self._names), totals.energy_j, totals.idle_j, totals.gpu_s,
             self.gpus * (now_ns / 1e9 - self.config.begin_s) - totals.gpu_s, self.model.off_w,
             self.config.tick_s, power / span_s, gpus / span_s, counts,
         )  # fmt: skip
         return self._results
 
     # ---- plans ----
-
-    def _check(self, plan: FleetPlan) -> None:
-        seen: set[str] = set()
-        for want in plan.instances:
-            called = want.id or f"a new instance of {want.pool}"
-            if (want.tp, want.clock_mhz) not in self.model.table:
-                raise PlanError(
-                    f"{called}: {self.model.name} on {self.model.gpu} has no figures for TP{want.tp} at {want.clock_mhz} MHz; it has TP "
-                    f"{', '.join(map(str, self.model.tps))}, TP{self.model.tps[0]} at {self.model.clocks_mhz(self.model.tps[0])} MHz"
-                )
-            if want.role != "both":
-                raise PlanError(f"{called}: role {want.role!r}, but only instances that prefill and decode are simulated")
-            if want.id is None:
-                continue
-            if want.id in seen:
-                raise PlanError(f"{called} is named twice")
-            seen.add(want.id)
-            if want.id not in self._known:
-                raise PlanError(f"{called}: there has never been an instance of this name")
-            member = self._members.get(want.id)
-            if member is not None and member.tp != want.tp:
-                raise PlanError(f"{called} has TP{member.tp}, it cannot become TP{want.tp}: drain it and start a new one")
-        wanted = sum(want.tp for want in plan.instances)
-        if wanted > self.gpus:
-            raise PlanError(f"the plan needs {wanted} GPUs, there are {self.gpus}")
-        for name in [*plan.reordered, *plan.resteered, *plan.shed]:
-            if name not in self._known:
-                raise PlanError(f"{name}: there has never been an instance of this name")
-        if unknown := [name for name in plan.routes if name not in NAMES]:
-            raise PlanError(f"routes of {unknown[0]!r}, which is no class; classes are {', '.join(NAMES)}")
 
     def _drain(self, members: Iterable[Member], group: int) -> int:
         """Take members out of the fleet; return the GPUs of those that held the weights until now."""
@@ -301,8 +272,6 @@ class Cluster:
             member.slot, member.ready_s, member.group = slot, ready_ns / 1e9, None
             self._counts["reshards" if warm else "starts"] += 1
             self._tell("reshard" if warm else "start", member.id, f"TP{member.tp} in {takes_s:g} s")
-        if warm_begin:
-            self._library.cluster_advance(self._core, now_ns)  # whoever needs no time serves now
 
     def _reap(self, now_ns: int) -> None:
         """Take note of drained instances that have ended."""
@@ -352,15 +321,13 @@ class Cluster:
                 self._observe(member.slot)  # counts what it drew so far
             return InstanceState(member.id, member.pool, member.tp, member.clock_mhz, "starting", "both", member.ready_s)
         seen = self._observe(member.slot)
-        rates = (
-            (seen.requests / window_s, seen.prompt_tokens / window_s, seen.output_tokens / window_s)
-            if window_s > 0
-            else (None,) * 3
-        )
         load = InstanceLoad(
-            seen.running, seen.queued, seen.queued_prompt_tokens, seen.kv_used_ratio, seen.oldest_wait_s, *rates,
-            None if seen.ttft_p99_s != seen.ttft_p99_s else seen.ttft_p99_s,
-            None if seen.tbt_p99_s != seen.tbt_p99_s else seen.tbt_p99_s,
+            seen.running, seen.queued, seen.queued_prompt_tokens, seen.kv_used_ratio, seen.oldest_wait_s,
+            seen.requests / window_s if window_s > 0 else None,
+            seen.prompt_tokens / window_s if window_s > 0 else None,
+            seen.output_tokens / window_s if window_s > 0 else None,
+            None if math.isnan(seen.ttft_p99_s) else seen.ttft_p99_s,
+            None if math.isnan(seen.tbt_p99_s) else seen.tbt_p99_s,
         )  # fmt: skip
         return InstanceState(
             member.id, member.pool, member.tp, member.clock_mhz, "draining" if phase == core.DRAINING else "serving", load=load

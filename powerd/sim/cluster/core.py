@@ -63,19 +63,16 @@ class CoreRequests(c.Structure):
     ]  # fmt: skip
 
 
-class CoreTotals(c.Structure):
-    """Counts since the begin."""
+COUNTS = (
+    "arrived", "finished", "rejected_context", "rejected_shed", "rejected_cut", "waited", "resteered",
+    "clock_sets", "parks", "wakes", "iterations", "prompt_tokens", "output_tokens",
+)  # fmt: skip
 
-    _fields_ = [
-        *[
-            (name, c.c_int64)
-            for name in (
-                "arrived", "finished", "rejected_context", "rejected_shed", "rejected_cut", "waited", "resteered",
-                "clock_sets", "parks", "wakes", "iterations", "prompt_tokens", "output_tokens",
-            )
-        ],
-        *[(name, c.c_double) for name in ("energy_j", "idle_j", "gpu_s")],
-    ]  # fmt: skip
+
+class CoreTotals(c.Structure):
+    """Counts and sums since the begin."""
+
+    _fields_ = [*[(name, c.c_int64) for name in COUNTS], *[(name, c.c_double) for name in ("energy_j", "idle_j", "gpu_s")]]
 
 
 class CoreObservation(c.Structure):

@@ -58,9 +58,8 @@ class Requests:
             raise ValueError(f"requests: arrival {_first(~np.isfinite(self.arrival_s))} is not a number")
         if count > 1 and (unsorted := np.diff(self.arrival_s) < 0).any():
             at = _first(unsorted) + 1
-            raise ValueError(
-                f"requests: not sorted by arrival: number {at} at {self.arrival_s[at]:g} s comes after {self.arrival_s[at - 1]:g} s"
-            )
+            later, earlier = self.arrival_s[at - 1], self.arrival_s[at]
+            raise ValueError(f"requests: not sorted by arrival: number {at} at {earlier:g} s comes after {later:g} s")
         for name in ("prompt_tokens", "output_tokens", "predicted_tokens"):
             value = getattr(self, name)
             if value is not None and (low := value < 1).any():

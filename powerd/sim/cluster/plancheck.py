@@ -1,7 +1,7 @@
 """Whether a plan can be carried out at all, said before anything is changed.
 
-House rules: pure; the message names the instance and what would be possible; a name that has never been is a mistake, one that has
-ended is not (a controller may not have seen it yet).
+House rules: pure; the message names the instance and what would be possible; a name that has never been is a mistake,
+one that has ended is not (a controller may not have seen it yet).
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ class InstanceController:
 
 def _impossible(load: InstanceLoad) -> bool:
     """Whether a figure is negative, endless or no number."""
-    told = (load.running, load.queued, load.queued_prompt_tokens, load.kv_used_ratio, load.oldest_wait_s, load.requests_per_s)
-    told = (*told, load.prompt_tokens_per_s, load.output_tokens_per_s, load.age_s)
+    told: list[float | None] = [load.running, load.queued, load.queued_prompt_tokens, load.kv_used_ratio, load.oldest_wait_s]
+    told += [load.requests_per_s, load.prompt_tokens_per_s, load.output_tokens_per_s, load.age_s]
     return any(figure is not None and not 0 <= figure < math.inf for figure in told)
 
 

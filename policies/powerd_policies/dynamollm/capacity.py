@@ -1,11 +1,11 @@
 """How much a fleet of like instances holds together: pooled, because requests go to whichever instance has least to do.
 
-House rules: closed forms only (no simulation, no search in time), so that a planner may ask thousands of times; every request has
-to keep its own TTFT and TBT, so the answer is the share that does, by class; rates are per second, times seconds, powers of one GPU.
+House rules: closed forms only (no simulation, no search in time), so that a planner may ask thousands of times; every request
+has to keep its own TTFT and TBT, so the answer is the share that does, by class; rates are per second, powers of all GPUs.
 
-What is modelled: iterations carry a full chunk of some prompt beside the decoding batch, and such an iteration is the gap that the
-SLO of TBT sees; prompts wait for their turn as in a queue with as many servers as there are instances (Sakasegawa's form of the
-M/G/n queue), so the headroom shrinks with the square root of the fleet; the batch fluctuates as in a system without queue.
+What is modelled: iterations carry a full chunk of some prompt beside the decoding batch, and such an iteration is the gap that
+the SLO of TBT sees; prompts wait for their turn as in a queue with as many servers as there are instances (Sakasegawa's form of
+the M/G/n queue), so the headroom shrinks with the square root of the fleet; the batch fluctuates as in a system without queue.
 """
 
 from __future__ import annotations
@@ -17,19 +17,11 @@ from typing import Final
 
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
+from powerd_policies.dynamollm.predictor import Rate
 
 KV_SAFE: Final = 0.85  # of the KV memory is planned with
 SPREAD: Final = 2.5  # standard deviations of the batch that are kept in hand
 UNEVEN: Final = 2.0  # requests by which one instance may be above the mean, since requests do not move
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """Load of one class."""
-
-    requests_per_s: float = 0.0
-    prompt_tokens_per_s: float = 0.0
-    output_tokens_per_s: float = 0.0
 
 
 Demand = Mapping[str, Rate]  # by class
@@ -55,25 +47,28 @@ def scaled(demand: Demand, factor: float) -> dict[str, Rate]:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What is known beforehand of one class: mean tokens, and its prompts as (weight, tokens) pairs, weights adding up to 1."""
+    """What is known beforehand of one class: mean tokens, prompts as (weight, tokens) pairs, and its share of all requests."""
 
     prompt_tokens: float
     output_tokens: float
-    prompts: tuple[tuple[float, float], ...]
+    prompts: tuple[tuple[float, float], ...]  # weights add up to 1
+    share: float = 1 / 9
 
 
 def measured(classes: Classes, requests: Iterable[tuple[int, int]]) -> dict[str, Lengths]:
-    """Return the lengths of each class in a past trace of (prompt tokens, output tokens); classes without requests are left out."""
+    """Return the lengths of each class in a past trace of (prompt tokens, output tokens); of those it has."""
     seen: dict[str, list[tuple[int, int]]] = {}
     for prompt, output in requests:
         name = classes.name(prompt, output)
         if name is not None:
             seen.setdefault(name, []).append((prompt, output))
+    total = sum(map(len, seen.values()))
     found = {}
     for name, pairs in seen.items():
         prompts = sorted(prompt for prompt, _ in pairs)
         at = [(weight, float(prompts[min(len(prompts) - 1, int(q * len(prompts)))])) for weight, q in _QUANTILES]
-        found[name] = Lengths(sum(prompts) / len(pairs), sum(output for _, output in pairs) / len(pairs), tuple(at))
+        outputs = sum(output for _, output in pairs)
+        found[name] = Lengths(sum(prompts) / len(pairs), outputs / len(pairs), tuple(at), len(pairs) / total)
     return found
 
 
@@ -116,7 +111,7 @@ class Capacity:
     model: EngineModel
     classes: Classes
     lengths: Mapping[str, Lengths]
-    chunk_tokens: int = 512
+    chunk_tokens: int = 512  # of one iteration: first those that decode, the rest is of prompts
     share_late: float = 0.005
     class_late: float = 0.03
     margin: float = 0.95
@@ -139,21 +134,24 @@ class Capacity:
         batch = output * at.decode_fixed_s / spare
         high = batch + SPREAD * math.sqrt(batch / n) + (UNEVEN if n > 1 else 0.0)
         decode_s = at.decode_fixed_s + at.decode_request_s * high
-        full_s = decode_s + at.prefill_token_s * self.chunk_tokens
-        busy = prompt * full_s / self.chunk_tokens
+        room = max(1.0, self.chunk_tokens - high)
+        full_s = decode_s + at.prefill_token_s * room
+        busy = prompt * full_s / room
         power_w = n * tp * steady_w(at, prompt, output)
-        lacks, late = self._late(at, n, demand, total, decode_s, busy)
+        lacks, late = self._late(at, n, demand, total, decode_s, room, busy)
         mean = total.prompt_tokens_per_s / total.requests_per_s + 0.5 * total.output_tokens_per_s / total.requests_per_s
         if not lacks and high * mean > KV_SAFE * self.model.kv_tokens[tp]:
             lacks, late = f"KV memory: {high * mean:.0f} tokens of {self.model.kv_tokens[tp]}", 1.0
         return Service(not lacks, lacks, late, batch, full_s, busy, power_w)
 
-    def _late(self, at: Coefficients, n: int, demand: Demand, total: Rate, decode_s: float, busy: float) -> tuple[str, float]:
+    def _late(
+        self, at: Coefficients, n: int, demand: Demand, total: Rate, decode_s: float, room: float, busy: float
+    ) -> tuple[str, float]:
         """Return what fails first and the share of all requests that miss."""
         if busy >= 0.98:
             return "throughput of prompts for all classes", 1.0
-        full_s = decode_s + at.prefill_token_s * self.chunk_tokens
-        service_s = total.prompt_tokens_per_s / total.requests_per_s * full_s / self.chunk_tokens
+        full_s = decode_s + at.prefill_token_s * room
+        service_s = total.prompt_tokens_per_s / total.requests_per_s * full_s / room
         waits = busy ** (math.sqrt(2.0 * (n + 1)) - 1.0)
         scale_s = max(1e-6, service_s * (1.0 + self._cv2(demand, total)) / (2.0 * n * (1.0 - busy)))
         lacks, late = "", 0.0
@@ -165,7 +163,7 @@ class Capacity:
                 lacks = lacks or f"TBT of {name}: an iteration takes {1e3 * full_s:.0f} ms"
             missed = 0.0
             for weight, tokens in self.lengths[name].prompts:
-                rounds = max(1, math.ceil(tokens / self.chunk_tokens))
+                rounds = max(1, math.ceil(tokens / room))
                 own_s = rounds * decode_s + tokens * at.prefill_token_s + 0.5 * decode_s
                 left_s = self.margin * slo.ttft_s - own_s
                 missed += weight * (waits * math.exp(-left_s / scale_s) if left_s > 0 else 1.0)

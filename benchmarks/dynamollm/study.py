@@ -91,9 +91,16 @@ def promises(study: Study) -> list[tuple[str, bool]]:
         for policy in (BASE, FULL, STATIC):
             if policy in rows:
                 kept, (worst, share) = rows[policy]["slo_attainment"], worst_class(rows[policy])
-                found.append((f"{where}: {policy} keeps {kept:.2%} in SLO (99 %), {worst} {share:.1%} (95 %)", kept >= 0.99 and share >= 0.95))
+                found.append(
+                    (
+                        f"{where}: {policy} keeps {kept:.2%} in SLO (99 %), {worst} {share:.1%} (95 %)",
+                        kept >= 0.99 and share >= 0.95,
+                    )
+                )
         if (least := LEAST.get((name, load))) is not None:
-            found.append((f"{where}: dynamollm saves {saving(rows, FULL):.1%} (at least {least:.0%})", saving(rows, FULL) >= least))
+            found.append(
+                (f"{where}: dynamollm saves {saving(rows, FULL):.1%} (at least {least:.0%})", saving(rows, FULL) >= least)
+            )
         if load == 1.0 and STATIC in rows:
             ahead = saving(rows, FULL) - saving(rows, STATIC)
             found.append((f"{where}: dynamollm is {100 * ahead:+.1f} points ahead of beststatic (at least {100 * AHEAD[name]:+.0f})",
@@ -109,7 +116,9 @@ def promises(study: Study) -> list[tuple[str, bool]]:
 def tell(report: Report, study: Study) -> bool:
     """Put a study into a report; whether all its promises are kept."""
     report.tables.append(table(study))
-    report.notes.append(f"Load 1.0 is {study.load:.3f} times the trace's own: {study.load * study.case.trace.requests_per_s:.1f} requests/s.")
+    report.notes.append(
+        f"Load 1.0 is {study.load:.3f} times the trace's own: {study.load * study.case.trace.requests_per_s:.1f} requests/s."
+    )
     for rows_load, rows in study.rows.items():
         if told := rows.get(STATIC, {}).get("fleet"):
             report.notes.append(f"BestStatic at {rows_load:g}: {told}.")

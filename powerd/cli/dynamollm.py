@@ -55,18 +55,20 @@ def replay(
     _libraries_or_hint()
     from powerd import plot
     from powerd.cli import replays
-    from powerd.sim.replay import compare, scale, session, trace
+    from powerd.sim.replay import compare, policies, scale, session, trace
 
     for path in picture or []:
         plot.check(path)
     if not names.strip(", "):
-        raise RequestError("no policies", hint=f"valid: {', '.join(session.POLICIES)}", code="bad_value")
+        raise RequestError("no policies", hint=f"valid: {', '.join(policies.POLICIES)}", code="bad_value")
     chosen = session.chosen(names)
     scenario = session.scenario(scenario_path, load)
     history = None if history_path is None else trace.read(history_path)
     comparison = session.prepare(scale.scaled(trace.read(trace_path), scenario.run.load, scenario.run.seed), scenario, history)
     if comparison.workload.oversize:
-        note(f"{comparison.workload.oversize} prompts are beyond the context limit of {scenario.classes.context_limit} tokens: rejected")
+        note(
+            f"{comparison.workload.oversize} prompts are beyond the context limit of {scenario.classes.context_limit} tokens: rejected"
+        )
     with progress("replay") as told:
         summaries = compare.compare(chosen, comparison, jobs, lambda done_s, total_s: told(round(done_s), round(total_s)))
     made = session.report(comparison, summaries)
@@ -104,7 +106,9 @@ def generate(
     from powerd.sim.replay import generate, session, trace
 
     if not (0.0 < days <= DAYS_MOST and 0.0 < requests_per_s <= 10_000):
-        raise RequestError(f"{days:g} days at {requests_per_s:g} requests/s", hint=f"at most {DAYS_MOST:g} days", code="bad_value")
+        raise RequestError(
+            f"{days:g} days at {requests_per_s:g} requests/s", hint=f"at most {DAYS_MOST:g} days", code="bad_value"
+        )
     shape = generate.Shape(requests_per_s=requests_per_s)
     made = generate.generate(trace.read(lengths or session.shipped_hour()), days * generate.DAY_S, seed, shape)
     trace.write(output, made)
@@ -117,5 +121,3 @@ def _libraries_or_hint() -> None:
         import scipy  # noqa: F401
     except ImportError:
         raise RequestError("replays need numpy and scipy", hint="pip install 'powerd[cli,plan,sim]'", code="bad_value") from None
-
-

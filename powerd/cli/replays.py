@@ -80,7 +80,13 @@ def _bars(axes: Any, summaries: Sequence[Summary], colours: dict[str, str], key:
     values = [s.entry[key] for s in summaries]
     axes.bar(names, values, color=[colours[name] for name in names])
     for n, value in enumerate(values):
-        axes.annotate(f"{value / values[0] - 1:+.0%}" if n and values[0] else f"{value:.4g}", (n, value), ha="center", va="bottom", fontsize=7)
+        axes.annotate(
+            f"{value / values[0] - 1:+.0%}" if n and values[0] else f"{value:.4g}",
+            (n, value),
+            ha="center",
+            va="bottom",
+            fontsize=7,
+        )
     axes.set_ylabel(label, fontsize=8)
     axes.tick_params(axis="x", labelrotation=20, labelsize=7)
 

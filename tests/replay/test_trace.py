@@ -68,7 +68,9 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_columns_are_found_by_name_and_times_in_any_usual_form() -> None:
-    dated = trace.parse("id,GeneratedTokens,TIMESTAMP,ContextTokens\na,4,2024-05-10 00:00:00.009930+00:00,3\nb,5,2024-05-10T00:00:02Z,6\n", "t")
+    dated = trace.parse(
+        "id,GeneratedTokens,TIMESTAMP,ContextTokens\na,4,2024-05-10 00:00:00.009930+00:00,3\nb,5,2024-05-10T00:00:02Z,6\n", "t"
+    )
     assert dated.prompt_tokens.tolist() == [3, 6]
     assert dated.output_tokens.tolist() == [4, 5]
     assert dated.arrival_s.tolist() == [0.0, pytest.approx(1.99007)]
@@ -109,7 +111,9 @@ def test_a_larger_load_holds_the_smaller_one(hour: Trace) -> None:
 def test_copies_move_by_no_more_than_the_jitter() -> None:
     one = trace.parse(HEAD + "0,1,1\n100,2,2\n200,3,3\n", "t")
     for tokens, at_s in ((1, 0), (2, 100), (3, 200)):
-        times = [t for t, p in zip(*(lambda m: (m.arrival_s, m.prompt_tokens))(scale.scaled(one, 50)), strict=True) if p == tokens]
+        times = [
+            t for t, p in zip(*(lambda m: (m.arrival_s, m.prompt_tokens))(scale.scaled(one, 50)), strict=True) if p == tokens
+        ]
         assert len(times) == 50
         assert max(abs(t - at_s) for t in times) <= 15
         assert max(times) - min(times) > 10

@@ -62,7 +62,7 @@ def compare(names: Sequence[str], comparison: Comparison, jobs: int = 1, progres
         pending = set(futures)
         while pending:
             pending = wait(pending, timeout=0.2).not_done
-            told(sum(done_s), len(names) * length_s)
+            told(float(sum(done_s[:])), len(names) * length_s)
         return [future.result() for future in futures]
 
 
@@ -84,9 +84,11 @@ def _work(name: str, number: int) -> Summary:
 def one(name: str, comparison: Comparison, watch: Callable[[float], None] = lambda at_s: None) -> Summary:
     """Run one policy."""
     setting = comparison.setting
-    controller, config = policies.build(name, comparison.scenario, comparison.workload, setting, comparison.known)
-    outcome = replay(controller, comparison.workload, setting, watch, config)
+    built = policies.build(name, comparison.scenario, comparison.workload, setting, comparison.known)
+    outcome = replay(built.controller, comparison.workload, setting, watch, built.config)
     entry = report.of_policy(outcome, comparison.workload, setting, comparison.scenario.prices)
+    if built.fleet is not None:
+        entry["fleet"] = built.fleet
     return Summary(name, entry, _series(outcome, setting))
 
 

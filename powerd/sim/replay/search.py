@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from powerd.sim.replay.fixed import FixedFleet
-
 KEPT: Final = 0.99
 CLASS_KEPT: Final = 0.95
 
@@ -36,10 +34,22 @@ def largest_load(keeps: Callable[[float], bool], start: float = 1.0, tolerance: 
 
 
 @dataclass(frozen=True, slots=True)
+class Fixed:
+    """``count`` instances of one tensor parallelism at one clock."""
+
+    tp: int
+    count: int
+    clock_mhz: int
+
+    def __str__(self) -> str:
+        return f"{self.count} x TP{self.tp} at {self.clock_mhz} MHz"
+
+
+@dataclass(frozen=True, slots=True)
 class Tried:
     """A fixed fleet and what it came to: the share of requests in SLO, the worst class's share, and kWh."""
 
-    fleet: FixedFleet
+    fleet: Fixed
     kept: float
     worst: float
     energy_kwh: float
@@ -50,7 +60,7 @@ class Tried:
         return self.kept >= KEPT and self.worst >= CLASS_KEPT
 
 
-Judge = Callable[[FixedFleet], Tried]
+Judge = Callable[[Fixed], Tried]
 
 
 def cheapest(judge: Judge, kinds: Sequence[tuple[int, int, int]], gpus: int) -> tuple[Tried | None, list[Tried]]:
@@ -67,7 +77,7 @@ def cheapest(judge: Judge, kinds: Sequence[tuple[int, int, int]], gpus: int) -> 
         low, high = 0, gpus // tp + 1  # too few, enough (or one more than there are GPUs for)
         count = min(max(guess, 1), high - 1)
         while high - low > 1:
-            seen[count] = made = judge(FixedFleet(tp, count, clock_mhz))
+            seen[count] = made = judge(Fixed(tp, count, clock_mhz))
             tried.append(made)
             if made.feasible:
                 high = count

@@ -117,6 +117,7 @@ def test_a_busy_replica_is_held_at_the_clock_that_its_profile_decides_and_explai
     assert PARKED < view["clock_mhz"] < HIGHEST
     assert (view["running"], view["waiting"], view["engine"], view["user"]) == (2, 0, "vllm", answer["lease"]["user"])
     assert view["age_s"] < 1
+    assert view["note"] == "the profile is of h100, the GPU is Test GPU"
     assert 300 < view["power_w"] < 301, "as the fake card draws"
     explained = node.get(f"/v1/explain/{node.hw.uuids[0]}")
     clock = next(c for c in explained["controls"] if c["control"] == "sm_clock")

@@ -16,7 +16,7 @@ import numpy as np
 
 from powerd.sim.cluster import core
 from powerd.sim.cluster.gpubook import GpuBook, Member
-from powerd.sim.cluster.inputs import ClusterConfig, Requests
+from powerd.sim.cluster.inputs import ClusterConfig, Floats, Requests
 from powerd.sim.cluster.plancheck import check
 from powerd.sim.cluster.results import Results
 from powerd_policies.dynamollm.classes import NAMES, Classes
@@ -191,12 +191,7 @@ class Cluster:
         self._library.cluster_close(self._core)
         self._check_memory()
         totals = self._totals()
-        ticks = int(self._library.cluster_ticks(self._core))
-        power, gpus = np.zeros(ticks), np.zeros(ticks)
-        self._library.cluster_power(self._core, power.ctypes.data, gpus.ctypes.data)
-        span_s = np.full(ticks, self.config.tick_s)
-        if ticks:
-            span_s[-1] = min(self.config.tick_s, now_ns / 1e9 - self.config.begin_s - (ticks - 1) * self.config.tick_s)
+        power, gpus, span_s = self._series(now_ns - core.to_ns(self.config.begin_s))
         counts = {name: int(getattr(totals, name)) for name in core.COUNTS}
         rejected = self._rejected.astype(np.bool_)
         counts |= {"rejected": int(rejected.sum()), "starts": 0, "reshards": 0, "stops": 0, **self._counts}
@@ -208,6 +203,16 @@ class Cluster:
             self.config.tick_s, power / span_s, gpus / span_s, counts,
         )  # fmt: skip
         return self._results
+
+    def _series(self, lasted_ns: int) -> tuple[Floats, Floats, Floats]:
+        """Joules, GPU seconds and seconds of each tick, the last one as far as it went."""
+        tick_ns = core.to_ns(self.config.tick_s)
+        ticks = -(-lasted_ns // tick_ns)
+        joules, gpu_s, span_s = np.zeros(ticks), np.zeros(ticks), np.full(ticks, tick_ns / 1e9)
+        self._library.cluster_power(self._core, ticks, joules.ctypes.data, gpu_s.ctypes.data)
+        if ticks:
+            span_s[-1] = (lasted_ns - (ticks - 1) * tick_ns) / 1e9
+        return joules, gpu_s, span_s
 
     # ---- plans ----
 

@@ -199,6 +199,7 @@ static void take_off(Cluster *c, Instance *in) {
 
 /* Simulate all that ends by `until` and all that begins before it. */
 void engine_run(Cluster *c, Instance *in, ns_t until) {
+    if (in->phase != SERVING && in->phase != DRAINING) return;
     while (!c->failed) {
         if (in->flying) {
             if (until - in->start < in->span) return;

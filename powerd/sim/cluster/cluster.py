@@ -50,6 +50,9 @@ class Cluster:
             raise ValueError(f"cluster: {gpus} GPUs, at least 1 is needed")
         if len(requests) and requests.arrival_s[0] < self.config.begin_s:
             raise ValueError(f"cluster: the first request comes at {requests.arrival_s[0]:g} s, before {self.config.begin_s:g} s")
+        park_mhz = self.config.park_clock_mhz
+        if park_mhz is not None and (lacking := [tp for tp in model.tps if (tp, park_mhz) not in model.table]):
+            raise ValueError(f"cluster: park_clock_mhz {park_mhz}, which the model does not hold for TP{lacking[0]}")
         self._library = core.load()
         self._coefficients = {
             key: core.CoreCoefficients(
@@ -264,9 +267,7 @@ class Cluster:
         for member, warm in self._book.startable(now_ns, donors):
             takes_s = 0.0 if warm_begin else self.config.reshard_s if warm else self.config.start_s
             park_mhz = self.config.park_clock_mhz or min(self.model.clocks_mhz(member.tp))
-            parked = self.model.table.get(
-                (member.tp, park_mhz), self.model.table[member.tp, min(self.model.clocks_mhz(member.tp))]
-            )
+            parked = self.model.table[member.tp, park_mhz]
             ready_ns = now_ns + core.to_ns(takes_s)
             at = self._coefficients[member.tp, member.clock_mhz]
             slot = self._library.cluster_begin(

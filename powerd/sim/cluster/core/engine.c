@@ -194,7 +194,6 @@ static void take_off(Cluster *c, Instance *in) {
     in->start = in->at;
     in->stall_ns = 0;
     in->flying = true;
-    in->gap_open = false;
 }
 
 /* Simulate all that ends by `until` and all that begins before it. */

@@ -145,7 +145,7 @@ static bool take_chunk(Cluster *c, Instance *in, int64_t tokens) {
 }
 
 static void fill(Cluster *c, Instance *in) {
-    int64_t room = c->config.chunk_tokens - in->running_count;
+    int64_t room = in->chunk_tokens - in->running_count;
     in->prompt_tokens = 0;
     while (room > 0 && !c->failed) {
         if (in->partial < 0) {

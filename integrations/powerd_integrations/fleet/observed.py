@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, get_args
 
-from powerd_integrations.fleet.published import Group
+from powerd_integrations.fleet.published import Group, Serving
 from powerd_policies.dynamollm.classes import NAMES
 from powerd_policies.dynamollm.fleet import ClassLoad, FleetState, InstanceLoad, InstanceState, Phase, Role
 
@@ -75,15 +75,14 @@ class Observations:
         self._forget(now_s)
         return max((now_s - at for at, _ in self._instances.values()), default=0.0)
 
-    def serving(self, now_s: float) -> dict[Group, int]:
-        """Return how many replicas of each group serve."""
+    def serving(self, now_s: float) -> tuple[Serving, ...]:
+        """Return the replicas that serve."""
         self._forget(now_s)
-        found: dict[Group, int] = {}
-        for _, state in self._instances.values():
-            if state.phase == "serving":
-                group = Group(state.pool, state.tp)
-                found[group] = found.get(group, 0) + 1
-        return found
+        return tuple(
+            Serving(name, Group(state.pool, state.tp), state.clock_mhz)
+            for name, (_, state) in sorted(self._instances.items())
+            if state.phase == "serving"
+        )
 
     def state(self, now_s: float, gpus: int) -> FleetState:
         """Return the fleet as a controller sees it."""

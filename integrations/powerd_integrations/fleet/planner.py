@@ -18,7 +18,7 @@ from typing import Final
 
 from powerd_integrations.fleet import handover
 from powerd_integrations.fleet.observed import Arrivals, Observations
-from powerd_integrations.fleet.published import Group, PublishedPlan, Subscribers, write_plan
+from powerd_integrations.fleet.published import Group, PublishedPlan, Serving, Subscribers, write_plan
 from powerd_policies.dynamollm.fleet import FleetController, FleetEvent, FleetPlan, InstanceState
 
 log = logging.getLogger("powerd.fleet")
@@ -78,7 +78,7 @@ class LivePlanner:
         self._decided_s: float | None = None  # on the planner's clock
         self._decided_unix_s: float | None = None
         self._last_try_s = -math.inf
-        self._serving: dict[Group, int] = {}
+        self._serving: tuple[Serving, ...] = ()
         self._decisions = self._failures = self._held_ticks = 0
         self._decide_seconds = 0.0
         self._file_error = ""
@@ -120,7 +120,7 @@ class LivePlanner:
         """Return what the planner counted."""
         with self._lock:
             return PlannerFigures(
-                self._decisions, self._decide_seconds, self._failures, self._held_ticks, dict(self._requests), dict(self._serving)
+                self._decisions, self._decide_seconds, self._failures, self._held_ticks, dict(self._requests), Counter(replica.group for replica in self._serving)
             )
 
     # --- the loop -------------------------------------------------------------------------------------------------------------
@@ -157,8 +157,9 @@ class LivePlanner:
                 self._decisions += 1
         if self._wanted is not None:
             limits = self._options.limits
+            counts = Counter(replica.group for replica in serving)
             self._handover, events = handover.step(
-                self._handover, _wanted(self._wanted, self._groups), serving, now_s, limits, frozen=frozen
+                self._handover, _wanted(self._wanted, self._groups), counts, now_s, limits, frozen=frozen
             )
             self._note(events)
         with self._lock:
@@ -197,7 +198,8 @@ class LivePlanner:
         )  # fmt: skip
         version = old.version if same else old.version + 1
         plan = PublishedPlan(
-            version, self._decided_unix_s, self._unix_s(), self._controller.name, held, now.desired, clocks, now.routes, shed
+            version, self._decided_unix_s, self._unix_s(), self._controller.name, held, now.desired, clocks, now.routes, shed,
+            self._serving,
         )
         self._plan = plan
         if self._file is not None:

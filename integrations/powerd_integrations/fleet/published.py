@@ -6,13 +6,12 @@ a file is replaced, never rewritten in place; a pool that a plan does not name i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -33,6 +32,15 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """One replica that serves; ``clock_mhz`` 0: not known."""
+
+    id: str
+    group: Group
+    clock_mhz: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PublishedPlan:
     """The whole desired fleet at a time; ``routes`` by class: groups that serve it, nearest first."""
 
@@ -45,6 +53,7 @@ class PublishedPlan:
     clocks_mhz: Mapping[Group, int] = field(default_factory=dict)  # that the controller counted with
     routes: Mapping[str, tuple[Group, ...]] = field(default_factory=dict)
     shed_after_s: Mapping[str, float] = field(default_factory=dict)  # by instance: who waits longer is rejected
+    serving: tuple[Serving, ...] = ()  # replicas that routers may use; does not raise the version
 
     def replicas(self, pool: str, tp: int) -> int | None:
         """Return the desired replicas; None when the plan does not know this pool at this tensor parallelism."""
@@ -70,6 +79,7 @@ def to_json(plan: PublishedPlan) -> dict[str, Any]:
         ],
         "routes": {name: [{"pool": g.pool, "tp": g.tp} for g in groups] for name, groups in sorted(plan.routes.items())},
         "shed_after_s": dict(sorted(plan.shed_after_s.items())),
+        "serving": [{"id": r.id, "pool": r.group.pool, "tp": r.group.tp, "clock_mhz": r.clock_mhz} for r in plan.serving],
     }
 
 
@@ -93,6 +103,10 @@ def from_json(document: Any) -> PublishedPlan:
                 for name, groups in document["routes"].items()
             },
             shed_after_s={str(name): float(value) for name, value in document["shed_after_s"].items()},
+            serving=tuple(
+                Serving(str(row["id"]), Group(str(row["pool"]), int(row["tp"])), int(row["clock_mhz"]))
+                for row in document["serving"]
+            ),
         )
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a plan: {type(error).__name__} {error}") from None
@@ -196,11 +210,3 @@ class Subscribers:
         with self._changed:
             self._changed.wait_for(lambda: self._version != seen, timeout_s)
             return self._version
-
-
-def quietly(action: Callable[[], object]) -> bool:
-    """Do something that may fail on the network; whether it worked."""
-    with contextlib.suppress(OSError, ValueError):
-        action()
-        return True
-    return False

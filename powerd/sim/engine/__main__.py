@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Run what the arguments say; 0 when every request that it took was answered, 1 when some were aborted, 2 for bad arguments."""
+    """Run what the arguments say: 0 when every request that it took was answered, 1 when not, 2 for bad arguments."""
     clock = clocks.from_environment()
     try:
         if not clock.simulated:
@@ -76,8 +76,12 @@ def serve(args: argparse.Namespace) -> int:
 async def _serve(args: argparse.Namespace, engine: Engine, faults: tuple[Fault, ...]) -> int:
     loop = asyncio.get_running_loop()
     told, again = asyncio.Event(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, lambda: (again if told.is_set() else told).set())
-    loop.add_signal_handler(signal.SIGINT, lambda: (again if told.is_set() else told).set())
+
+    def end() -> None:
+        (again if told.is_set() else told).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
     if await _first(told, args.start_delay):
         return 0
     if any(fault.kind == "start-fails" for fault in faults):

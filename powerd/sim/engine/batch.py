@@ -1,7 +1,7 @@
 """Iteration-level continuous batching with chunked prefill: which requests compute what in the next iteration.
 
-House rules: pure, no clock and no I/O: times come in and go out; first come, first served; a request never holds more KV tokens than
-it has computed; who does not fit any more is preempted and computed anew, the youngest first, as vLLM does.
+House rules: pure, no clock and no I/O: times come in and go out; first come, first served; a request never holds more KV
+tokens than it has computed; who does not fit any more is preempted and computed anew, the youngest first, as vLLM does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The engine: iterations one after the other on an event loop, each as long as the model says at the clock that the GPU has.
 
-House rules: iterations follow each other without a gap on a timeline of their own, so that a loop that wakes late delays what a client
-sees but neither speed nor metrics; the clock is read and power declared at the begin of an iteration; a request ends exactly once.
+House rules: iterations follow each other without a gap on a timeline of their own, so that a loop that wakes late delays what
+a client sees but neither speed nor metrics; the clock is read and power declared at the begin of an iteration; a request ends
+exactly once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The GPUs that an engine computes on: their true clock comes in, the power of what it computes goes out.
 
-House rules: a tensor-parallel group is as fast as its slowest GPU; power is declared per iteration at the clock of that moment, the
-driver makes sensors, energy counter, heat and caps of it; an engine that does nothing draws what the driver says an idle context draws.
+House rules: a tensor-parallel group is as fast as its slowest GPU; power is declared per iteration at the clock of that
+moment, the driver makes sensors, energy counter, heat and caps of it; an engine that does nothing draws what the driver says
+an idle context draws.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class SimulatedGpus:
         return cls(attach(), gpus, owns_node=True)
 
     def clock_mhz(self) -> float:
-        return min(self.node.view(gpu).clock_mhz for gpu in self.gpus)
+        return min(float(self.node.view(gpu).clock_mhz) for gpu in self.gpus)
 
     def declare(self, power_w: float) -> None:
         for context in self._contexts:

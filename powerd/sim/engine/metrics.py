@@ -1,7 +1,7 @@
 """What the engine tells Prometheus: vLLM 0.33's metric names, types and default buckets, in simulated seconds.
 
-House rules: names, labels and buckets are vLLM's own, so that whoever scrapes cannot tell the difference; a comment line says that
-it is simulated; nothing is sampled: every token and every request is counted.
+House rules: names, labels and buckets are vLLM's own, so that whoever scrapes cannot tell the difference; a comment line says
+that it is simulated; nothing is sampled: every token and every request is counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Final
 from powerd.sim.engine.batch import Batch, Iteration, Request
 
 TTFT: Final = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
 )  # fmt: skip
 TBT: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 LATENCY: Final = (
@@ -50,7 +51,10 @@ class Metrics:
         self._histograms = {
             "vllm:time_to_first_token_seconds": (self.ttft, "Histogram of time to first token in seconds."),
             "vllm:inter_token_latency_seconds": (self.tbt, "Histogram of inter-token latency in seconds."),
-            "vllm:request_time_per_output_token_seconds": (Histogram(TBT), "Histogram of time per output token, a request's mean."),
+            "vllm:request_time_per_output_token_seconds": (
+                Histogram(TBT),
+                "Histogram of time per output token, a request's mean.",
+            ),
             "vllm:e2e_request_latency_seconds": (Histogram(LATENCY), "Histogram of e2e request latency in seconds."),
             "vllm:request_queue_time_seconds": (Histogram(LATENCY), "Histogram of time spent in WAITING phase for request."),
             "vllm:request_inference_time_seconds": (Histogram(LATENCY), "Histogram of time spent in RUNNING phase for request."),
@@ -64,7 +68,9 @@ class Metrics:
         }
         self._prompt_tokens = self._generation_tokens = 0
         self._ended = {"stop": 0, "length": 0, "abort": 0}
-        self._config = f'engine="0",gpu_memory_utilization="0.9",max_num_batched_tokens="{chunk_tokens}",tensor_parallel_size="{gpus}"'
+        self._config = (
+            f'engine="0",gpu_memory_utilization="0.9",max_num_batched_tokens="{chunk_tokens}",tensor_parallel_size="{gpus}"'
+        )
 
     def iteration(self, iteration: Iteration, gaps_s: Sequence[float], firsts_s: Sequence[float]) -> None:
         """An iteration has ended: seconds since each decode's last token, and since the arrival of who got the first one."""
@@ -130,6 +136,8 @@ class Metrics:
                 lines.append(f'{name}_bucket{{{self._labels},le="{bound}"}} {float(total)!r}')
             lines.append(f"{name}_count{{{self._labels}}} {float(total)!r}")
             lines.append(f"{name}_sum{{{self._labels}}} {histogram.sum!r}")
-        lines.extend(("# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig", "# TYPE vllm:cache_config_info gauge"))
+        lines.extend(
+            ("# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig", "# TYPE vllm:cache_config_info gauge")
+        )
         lines.append(f"vllm:cache_config_info{{{self._config}}} 1.0")
         return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """OpenAI's request and response bodies, as far as an engine without a model needs them.
 
-House rules: pure; a bad body is a BadRequestError that says what to write; the tokenizer is the simplest one that can be documented:
-a word between white space is a token, a list of numbers is a list of tokens, and the header ``X-Prompt-Tokens`` overrules both.
+House rules: pure; a bad body is a BadRequestError that says what to write; the tokenizer is the simplest one that can be
+documented: a word between white space is a token, a list of numbers is a list of tokens, and the header ``X-Prompt-Tokens``
+overrules both.
 """
 
 from __future__ import annotations

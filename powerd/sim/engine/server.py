@@ -1,7 +1,8 @@
 """The engine over HTTP: OpenAI's paths, /health, /metrics, and an end without losing anybody.
 
-House rules: what vLLM does at the edges is done alike (measured on 0.32: nothing listens before the engine is ready, /health stays 200
-while it drains, so take it out of the router first); a client that hangs up ends its request; an injected fault is asked for by name.
+House rules: what vLLM does at the edges is done alike (measured on 0.32: nothing listens before the engine is ready, /health
+stays 200 while it drains, so take it out of the router first); a client that hangs up ends its request; an injected fault is
+asked for by name.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ class Server:
                 # As vLLM's --stream-interval: the first token at once, then every so many together.
                 if sent and held < self._interval and stream.finish_reason is None:
                     continue
-                sent, new, held = sent + held, held, 0
-                await response.write(_event(openai.chunk(ask, id_, new, stream.finish_reason)))
+                sent, ready, held = sent + held, held, 0
+                await response.write(_event(openai.chunk(ask, id_, ready, stream.finish_reason)))
             if ask.usage:
                 await response.write(_event(openai.last(ask, id_, sent)))
             await response.write(b"data: [DONE]\n\n")

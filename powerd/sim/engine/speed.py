@@ -1,7 +1,7 @@
 """An EngineModel at any clock: what the table holds, linear in between, and an assumption below it.
 
-House rules: between two clocks of the table every coefficient is linear in the clock; above the table its highest row stands; below it
-times grow as 1/clock (assumed: the most pessimistic) and power stays that of the lowest row.
+House rules: between two clocks of the table every coefficient is linear in the clock; above the table its highest row stands;
+below it times grow as 1/clock (assumed: the most pessimistic) and power stays that of the lowest row.
 """
 
 from __future__ import annotations

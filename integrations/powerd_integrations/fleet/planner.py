@@ -120,7 +120,12 @@ class LivePlanner:
         """Return what the planner counted."""
         with self._lock:
             return PlannerFigures(
-                self._decisions, self._decide_seconds, self._failures, self._held_ticks, dict(self._requests), Counter(replica.group for replica in self._serving)
+                self._decisions,
+                self._decide_seconds,
+                self._failures,
+                self._held_ticks,
+                dict(self._requests),
+                Counter(replica.group for replica in self._serving),
             )
 
     # --- the loop -------------------------------------------------------------------------------------------------------------
@@ -198,7 +203,15 @@ class LivePlanner:
         )  # fmt: skip
         version = old.version if same else old.version + 1
         plan = PublishedPlan(
-            version, self._decided_unix_s, self._unix_s(), self._controller.name, held, now.desired, clocks, now.routes, shed,
+            version,
+            self._decided_unix_s,
+            self._unix_s(),
+            self._controller.name,
+            held,
+            now.desired,
+            clocks,
+            now.routes,
+            shed,
             self._serving,
         )
         self._plan = plan

@@ -81,6 +81,8 @@ class EngineSection:
     request_timeout_s: float = 600.0
     max_ongoing_requests: int = 256
     drain_s: float = 600.0
+    health_check_s: float = 5.0
+    num_cpus: float = 1.0  # that Ray reserves for a replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class ServiceSection:
     plan: str = ""  # the planner's URL where empty, or the path of its plan file on the head node
     route_prefix: str = "/"
     routers: int = 1
+    router_cpus: float = 1.0
     queue_timeout_s: float = 60.0  # a request for which nobody serves waits so long
     attempts: int = 4  # a request whose replica died is sent to another
     tokens_per_character: float = 0.25  # of a prompt that is text

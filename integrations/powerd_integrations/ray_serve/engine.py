@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -53,7 +53,7 @@ class EngineReplica:
 
     # --- what Serve calls -----------------------------------------------------------------------------------------------------
 
-    async def generate(self, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def generate(self, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
         """Yield the engine's answer as it comes; EngineError when it breaks off, so that somebody else is asked."""
         import aiohttp
 
@@ -63,7 +63,7 @@ class EngineReplica:
             timeout = aiohttp.ClientTimeout(total=self._settings.engine.request_timeout_s)
             self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
         try:
-            async with self._session.post(self._url + path, json=body) as answer:
+            async with self._session.post(self._url + path, json=body, headers=dict(headers)) as answer:
                 if answer.status >= 500:
                     raise EngineError(f"{self.id} answered {answer.status}: {(await answer.text())[:200]}")
                 yield b"%d" % answer.status

@@ -51,6 +51,8 @@ class GroupSection:
     tp: int
     max_replicas: int
     min_replicas: int = 0
+    ttft_s: float = 0.0  # SLO of its clocks; 0: its class's, or the strictest of all where the pool is no class
+    tbt_s: float = 0.0
     targets: tuple[str, ...] = ()  # http://host:port/metrics, or dns://service:port for every address behind a name
 
     @property
@@ -73,9 +75,11 @@ class ClassesSection:
 class EngineSection:
     """``[engine]``: how a replica starts its engine, or where one runs already."""
 
-    command: tuple[str, ...] = ()  # {port}, {tp}, {pool} and {gpus} are filled in
+    command: tuple[str, ...] = ()  # {port}, {metrics_port}, {tp}, {pool}, {gpus} and {id} are filled in
     url: str = ""  # instead of a command
+    metrics_url: str = ""  # {metrics_port} is filled in; /metrics of the engine itself where empty
     env: Mapping[str, str] = field(default_factory=dict)
+    profile: str = ""  # by which powerd knows the engine's speed and power; empty: it only parks idle clocks
     health: str = "/health"
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0
@@ -113,6 +117,12 @@ class FleetSettings:
     engine: EngineSection = EngineSection()
     service: ServiceSection = ServiceSection()
     policy: Mapping[str, Any] = field(default_factory=dict)  # options of planner.policy
+
+    def slo_of(self, row: GroupSection) -> Slo:
+        """Return what a group's replicas are held to."""
+        named = self.classes.slos.get(row.pool)
+        slos = [named] if named is not None else list(self.classes.slos.values())
+        return Slo(row.ttft_s or min(slo.ttft_s for slo in slos), row.tbt_s or min(slo.tbt_s for slo in slos))
 
     @property
     def options(self) -> PlannerOptions:

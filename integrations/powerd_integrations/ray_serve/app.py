@@ -78,5 +78,5 @@ def _engines(settings: FleetSettings, row: GroupSection, token: str) -> Applicat
             "num_gpus": row.tp if service.gpus_per_replica else 0,
         },
     )
-    bound: Application = deployment.bind(settings, row.pool, row.tp, token)
+    bound: Application = deployment.bind(settings, row, token)
     return bound

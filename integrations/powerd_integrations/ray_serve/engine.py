@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from powerd_integrations.fleet import scrape
 from powerd_integrations.fleet.reporter import InstanceReporter, PlannerLink
-from powerd_integrations.fleet.settings import FleetSettings
+from powerd_integrations.fleet.settings import FleetSettings, GroupSection
 from powerd_integrations.ray_serve.node import NodeLease
 from powerd_policies.dynamollm.fleet import InstanceLoad, InstanceState, Phase
 
@@ -36,19 +36,21 @@ class EngineError(RuntimeError):
 class EngineReplica:
     """Serves one engine; what Serve calls is ``generate``, ``record_autoscaling_stats`` and ``check_health``."""
 
-    def __init__(self, settings: FleetSettings, pool: str, tp: int, token: str = "") -> None:
-        self._settings, self._pool, self._tp = settings, pool, tp
-        self.id = f"{pool}-tp{tp}-{uuid.uuid4().hex[:8]}"
+    def __init__(self, settings: FleetSettings, row: GroupSection, token: str = "") -> None:
+        self._settings, self._pool, self._tp = settings, row.pool, row.tp
+        self.id = f"{row.group}-{uuid.uuid4().hex[:8]}"
         self._phase: Phase = "starting"
         self._load = InstanceLoad()
         self._page: scrape.Page | None = None
         self._read_s = time.monotonic()
         self._child: subprocess.Popen[bytes] | None = None
         self._session: Any = None  # aiohttp.ClientSession, made in Serve's loop
-        self._url = settings.engine.url.rstrip("/") or self._start()
+        self._metrics_url = ""
+        self._url = self._start()
+        self._metrics_url = self._metrics_url or f"{self._url}/metrics"
         self._wait_until_healthy()
         self._phase = "serving"
-        self._node = NodeLease(settings, self.id, pool, tp, self._url)
+        self._node = NodeLease(settings, row, self.id, self._metrics_url)
         self._reporter = InstanceReporter(PlannerLink(settings.service.planner, token), self.state)
 
     # --- what Serve calls -----------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class EngineReplica:
         """Return what the planner is told; reads the engine's metrics."""
         now_s = time.monotonic()
         try:
-            page = scrape.fetch(self._url + "/metrics", now_s)
+            page = scrape.fetch(self._metrics_url, now_s)
             self._load, self._page, self._read_s = scrape.load_of(page, self._page), page, now_s
         except (OSError, ValueError) as error:
             log.debug("%s: its metrics cannot be read: %s", self.id, error)
@@ -110,17 +112,20 @@ class EngineReplica:
         return InstanceState(self.id, self._pool, self._tp, self._node.clock_mhz(), self._phase, load=load)
 
     def _start(self) -> str:
-        if not self._settings.engine.command:
+        engine = self._settings.engine
+        port, metrics_port = _free_ports(2)
+        if engine.metrics_url:
+            self._metrics_url = engine.metrics_url.replace("{metrics_port}", str(metrics_port))
+        if engine.url:
+            return engine.url.rstrip("/")
+        if not engine.command:
             raise EngineError("[engine] has neither a command nor a url")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        fill = {"port": str(port), "tp": str(self._tp), "pool": self._pool, "gpus": gpus, "id": self.id}
-        command = [_filled(word, fill) for word in self._settings.engine.command]
+        fill = {"port": str(port), "metrics_port": str(metrics_port), "tp": str(self._tp), "pool": self._pool, "gpus": gpus,
+                "id": self.id}  # fmt: skip
+        command = [_filled(word, fill) for word in engine.command]
         argv = [sys.executable, "-m", "powerd_integrations.ray_serve.leash", *command]
-        env = {**os.environ, **self._settings.engine.env}
-        self._child = subprocess.Popen(argv, stdin=subprocess.PIPE, env=env)
+        self._child = subprocess.Popen(argv, stdin=subprocess.PIPE, env={**os.environ, **engine.env})
         return f"http://127.0.0.1:{port}"
 
     def _wait_until_healthy(self) -> None:
@@ -149,6 +154,18 @@ class EngineReplica:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody uses now; all are held until all are found, so that they differ."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
 
 
 def _filled(word: str, values: dict[str, str]) -> str:

@@ -25,8 +25,8 @@ def say(**row: object) -> None:
 
 def replicas() -> list[dict[str, object]]:
     """Every engine replica that Serve knows, with its process."""
-    from ray.serve.schema import ServeInstanceDetails
     from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeInstanceDetails
 
     details = ServeInstanceDetails(**ray.get(_get_global_client()._controller.get_serve_instance_details.remote()))
     found = []

@@ -12,7 +12,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -193,6 +193,11 @@ class Config:
     replica: tuple[StaticReplica, ...] = ()
 
 
+def sections() -> list[str]:
+    """The names of the ``[sections]``; ``[[replica]]`` is a list of its own."""
+    return [f.name for f in fields(Config) if f.name != "replica"]
+
+
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:
     """Where something of ours is by default: beside a simulated node, in the system's folder as root, else in the user's."""
     # A systemd unit has its folders from systemd (these variables say so), on a simulated node too.
@@ -285,14 +290,14 @@ def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> C
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
     config = base or Config()
-    sections = {f.name: f for f in fields(Config)}
+    known_sections = sections()
     for section, content in data.items():
         if section == "replica" and isinstance(content, list):
             config = replace(config, replica=(*config.replica, *_static_replicas(content, text, file, config.replica)))
             continue
-        if section not in sections or section == "replica" or not isinstance(content, dict):
+        if section not in known_sections or not isinstance(content, dict):
             at = f"{file}:{_line_of(text, section, '')}"
-            hint = "[[replica]], once for each" if section == "replica" else _nearest(section, sections)
+            hint = "[[replica]], once for each" if section == "replica" else _nearest(section, known_sections)
             raise ConfigError(f"{at}: unknown section or key {section!r}", hint=hint)
         current = getattr(config, section)
         hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
@@ -366,7 +371,6 @@ def load(path: Path | None = None, *, trusted: bool = True) -> Config:
 def keys() -> list[tuple[str, str, Any, str]]:
     """Every key as (section, key, default, help): the documentation page is made from this."""
     rows: list[tuple[str, str, Any, str]] = []
-    for section in fields(Config):
-        if section.default_factory is not MISSING and is_dataclass(section.default_factory):
-            rows += [(section.name, f.name, f.default, str(f.metadata["help"])) for f in fields(section.default_factory)]
+    for section in sections():
+        rows += [(section, f.name, f.default, str(f.metadata["help"])) for f in fields(getattr(Config(), section))]
     return rows

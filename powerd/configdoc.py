@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from powerd.config import Config, StaticReplica, keys
+from powerd.config import Config, StaticReplica, keys, sections
 
 _HEAD = """# Configuration
 
@@ -36,7 +36,7 @@ def _value(value: Any) -> str:
 def page() -> str:
     """The whole page as Markdown."""
     lines = [_HEAD]
-    kinds = {f.name: type(getattr(Config(), f.name)) for f in fields(Config)} | {"replica": StaticReplica}
+    kinds = {name: type(getattr(Config(), name)) for name in sections()} | {"replica": StaticReplica}
     ranges = {(section, f.name): f.metadata for section, kind in kinds.items() for f in fields(kind)}
     rows = [*keys(), *(("replica", f.name, f.default, str(f.metadata["help"])) for f in fields(StaticReplica))]
     section_now = ""

@@ -32,6 +32,7 @@ from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.rayenv import ROOT, ray_python, source_path
 
 JOBS = Path(__file__).parent / "jobs"
+LOOPBACK = Path(__file__).parent / "loopback"
 GPUS = 8
 MODEL = ROOT / "policies" / "profiles" / "llm" / "llama2-70b_h100.engine.csv"
 TTFT_S, TBT_S = 4.0, 1.0  # of two shared cores, not of an H100
@@ -86,11 +87,12 @@ class Follower:
 
     def __init__(self) -> None:
         self.tp = 2
+        self.at_least = 1
 
     def decide(self, state: FleetState) -> FleetPlan:
         """As many replicas as the last seconds' requests need, at least one."""
         rate = sum(load.requests for load in state.arrivals.values()) / state.window_s
-        count = max(1, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))
+        count = max(self.at_least, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))
         wants = tuple(InstanceWant(None, "all", self.tp, 1980) for _ in range(count))
         return FleetPlan(wants, dict.fromkeys(NAMES, ("all",)))
 
@@ -140,11 +142,11 @@ class Service:
                     str(ray_python()),
                     str(JOBS / "serve_job.py"),
                     str(config),
-                    str(self.live.root / "r"),
+                    str(self.live.root / "ry"),
                     str(self.port),
                     str(GPUS),
                 ]
-                env = {**self.live.env, "PYTHONPATH": source_path()}
+                env = {**self.live.env, "PYTHONPATH": f"{LOOPBACK}{os.pathsep}{source_path()}"}
                 self._ray = subprocess.Popen(argv, env=env, cwd=self.live.root, text=True, stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # fmt: skip
             assert self._hear()["ready"]
@@ -213,6 +215,7 @@ class Service:
         for number in range(int(rate * seconds)):
             threading.Event().wait(max(0.0, begun + number / rate - time.monotonic()))
             sent.append(self.send(tokens))
+        threading.Event().wait(max(0.0, begun + seconds - time.monotonic()))
         return sent
 
     def _request(self, number: int, tokens: int, prompt: int) -> Outcome:
@@ -266,7 +269,7 @@ class Service:
 
     def ray_pids(self) -> list[int]:
         """Every process of this service's Ray, by the folder that it was told to use."""
-        mark, found = str(self.live.root / "r").encode(), []
+        mark, found = str(self.live.root / "ry").encode(), []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:

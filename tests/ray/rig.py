@@ -17,6 +17,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,6 @@ FLEET = """\
 [planner]
 gpus = {gpus}
 engine_model = "{model}"
-window_s = 4.0
 stale_after_s = 4.0
 gone_after_s = 6.0
 tick_s = 0.2
@@ -88,10 +89,12 @@ class Follower:
     def __init__(self) -> None:
         self.tp = 2
         self.at_least = 1
+        self._seen: deque[tuple[float, int]] = deque(maxlen=10)  # four seconds
 
     def decide(self, state: FleetState) -> FleetPlan:
         """As many replicas as the last seconds' requests need, at least one."""
-        rate = sum(load.requests for load in state.arrivals.values()) / state.window_s
+        self._seen.append((state.window_s, sum(load.requests for load in state.arrivals.values())))
+        rate = sum(n for _, n in self._seen) / sum(window_s for window_s, _ in self._seen)
         count = max(self.at_least, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))
         wants = tuple(InstanceWant(None, "all", self.tp, 1980) for _ in range(count))
         return FleetPlan(wants, dict.fromkeys(NAMES, ("all",)))
@@ -216,6 +219,16 @@ class Service:
             threading.Event().wait(max(0.0, begun + number / rate - time.monotonic()))
             sent.append(self.send(tokens))
         threading.Event().wait(max(0.0, begun + seconds - time.monotonic()))
+        return sent
+
+    def load_until(
+        self, done: Callable[[], bool], rate: float, tokens: int = 20, at_most_s: float = 40.0
+    ) -> list[Future[Outcome]]:
+        """Send ``rate`` requests a second until something is so; AssertionError when it does not come."""
+        sent, end_s = [], time.monotonic() + at_most_s
+        while not done():
+            assert time.monotonic() < end_s, f"not within {at_most_s:g} s: {self.serving()}, {self.log.read_text()[-3000:]}"
+            sent += self.run_load(rate, 0.5, tokens)
         return sent
 
     def _request(self, number: int, tokens: int, prompt: int) -> Outcome:

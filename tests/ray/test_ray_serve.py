@@ -69,9 +69,7 @@ def test_it_listens_on_loopback_only(service: Service) -> None:
 def test_a_burst_adds_replicas_and_its_end_takes_them_away(service: Service) -> None:
     before = all_answered([service.send()], 20)
     assert in_slo(before) == 1.0
-    sent = service.run_load(rate=6.0, seconds=6.0)
-    service.wait_serving(tp2=3)
-    sent += service.run_load(rate=6.0, seconds=1.0)
+    sent = service.load_until(lambda: service.serving() == {Group("all", 2): 3}, rate=8.0)
     all_answered(sent, 20)
     service.wait_serving(tp2=1)
 
@@ -80,12 +78,12 @@ def test_another_tensor_parallelism_is_started_before_the_old_one_ends(service: 
     seen: list[dict[Group, int]] = []
     old, new = Group("all", 2), Group("all", 4)
     service.controller.tp = 4
-    sent = []
-    for _ in range(60):
-        sent += service.run_load(rate=2.0, seconds=0.5, tokens=40)
+
+    def changed() -> bool:
         seen.append(service.serving())
-        if seen[-1] == {new: 1}:
-            break
+        return seen[-1] == {new: 1}
+
+    sent = service.load_until(changed, rate=2.0, tokens=40)
     all_answered(sent, 40)
     service.wait_serving(tp4=1)
     assert all(counts for counts in seen), "somebody served at every time"

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def controller(settings: FleetSettings) -> FleetController:
     """Build the policy that the file names."""
-    from powerd_integrations.fleet.policy import build  # type: ignore
+    from powerd_integrations.fleet.policy import build
 
     return build(settings)
 

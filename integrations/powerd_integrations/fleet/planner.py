@@ -30,7 +30,6 @@ class PlannerOptions:
     """How a planner looks at its fleet; seconds."""
 
     limits: handover.Limits
-    window_s: float = 60.0
     stale_after_s: float = 10.0  # input older than this is stale
     gone_after_s: float = 15.0  # an instance that has not reported for so long does not exist
     tick_s: float = 1.0
@@ -70,7 +69,7 @@ class LivePlanner:
         self._groups = frozenset(groups)  # known to an autoscaler: named in every plan, with 0 when nothing is wanted
         self._now_s, self._unix_s = now_s, unix_s
         self._lock = threading.Lock()
-        self._seen = Observations(options.window_s, options.gone_after_s)
+        self._seen = Observations(now_s(), options.gone_after_s)
         self._requests: Counter[str] = Counter()
         self._events: deque[FleetEvent] = deque(maxlen=KEPT_EVENTS)
         self._handover = handover.Handover(desired=dict.fromkeys(self._groups, 0))
@@ -142,6 +141,8 @@ class LivePlanner:
         now_s = self._now_s()
         with self._lock:
             held = self._why_held(now_s)
+            if held and self._wanted is not None:
+                self._seen.forget_arrivals(now_s)
             frozen = bool(held) or self._seen.oldest_report_s(now_s) > self._options.stale_after_s
             serving = self._seen.serving(now_s)
             due = self._wanted is None or now_s - self._last_try_s >= self._controller.period_s

@@ -33,7 +33,6 @@ class PlannerSection:
     token_file: str = ""  # who reports must hold what is in it
     policy: str = "dynamollm"
     engine_model: str = ""  # file with the engine's figures (powerctl dynamollm profile makes it)
-    window_s: float = 60.0
     stale_after_s: float = 10.0
     gone_after_s: float = 15.0
     tick_s: float = 1.0
@@ -129,7 +128,7 @@ class FleetSettings:
         """How the planner looks at its fleet."""
         p = self.planner
         limits = Limits(p.gpus, p.start_timeout_s, p.retry_s, p.settle_s, p.wave_ratio)
-        return PlannerOptions(limits, p.window_s, p.stale_after_s, p.gone_after_s, p.tick_s)
+        return PlannerOptions(limits, p.stale_after_s, p.gone_after_s, p.tick_s)
 
 
 def load(path: Path | str) -> FleetSettings:
@@ -174,7 +173,7 @@ def _check(settings: FleetSettings, name: str) -> None:
             raise _bad(name, f"[[groups]] {row.group} is there twice")
     if settings.planner.gpus < 1:
         raise _bad(name, "[planner] gpus: from 1")
-    for key in ("window_s", "stale_after_s", "gone_after_s", "tick_s", "start_timeout_s", "settle_s"):
+    for key in ("stale_after_s", "gone_after_s", "tick_s", "start_timeout_s", "settle_s"):
         if getattr(settings.planner, key) <= 0:
             raise _bad(name, f"[planner] {key}: above 0")
     if not 0 < settings.planner.wave_ratio <= 1:

@@ -21,7 +21,9 @@ KV_PRESSURE: Final = 0.9  # of the KV memory: from here on requests are about to
 CV2: Final = (
     1.5  # squared coefficient of variation of prompts: that of the published conversation trace is 1.1, of the coding one 0.9
 )
-MARGIN: Final = 0.95  # of an SLO is planned for
+MARGIN: Final = 0.95  # of the TTFT is planned for
+GROWTH: Final = 3.0  # standard deviations of what arrives in a period are expected on top of the batch
+TBT_MARGIN: Final = 0.97  # of the TBT, which depends less on chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class InstanceController:
     """Holds one instance at the clock of least power that keeps ``slo`` for what runs, waits and is to come within a period.
 
     ``peers`` instances share the arrivals by load, this one among them: the more there are, the less one has to keep in hand.
-    ``share_late`` of the requests may miss their TTFT. ``floor_mhz`` is what the pool above asks for at least, None: nothing.
+    ``share_late`` of the requests may miss their TTFT. ``floor_mhz`` is what the pool above asks for at least,
+    ``ceiling_mhz`` what a watt budget allows at most; None: nothing.
     Raises ValueError when ``model`` holds no clock for ``tp``.
     """
 
@@ -83,6 +86,7 @@ class InstanceController:
         self.period_s, self.dwell_s, self.memory_s, self.stale_s = period_s, dwell_s, memory_s, stale_s
         self.parking, self.scaling = parking, scaling
         self.floor_mhz: int | None = None
+        self.ceiling_mhz: int | None = None
         self.max_mhz = allowed[0]
         self._steps = [_step(model, tp, clock) for clock in reversed(allowed)]
         self._recent: deque[tuple[float, float, float, float]] = deque()
@@ -99,9 +103,12 @@ class InstanceController:
     def clock(self, now_s: float, load: InstanceLoad) -> ClockDecision:
         """Return the clock for the next period from what is known at ``now_s``, and the reason."""
         want_mhz, reason = self._wanted(now_s, load)
-        if self.floor_mhz is not None and want_mhz < self.floor_mhz and (load.running or load.queued):
+        if self.floor_mhz is not None and want_mhz < self.floor_mhz:
             want_mhz, reason = min(self.max_mhz, self.floor_mhz), "the pool's clock"
-        return self._settle(now_s, want_mhz, reason)
+        decided = self._settle(now_s, want_mhz, reason)
+        if self.ceiling_mhz is not None and decided.clock_mhz > self.ceiling_mhz:
+            return ClockDecision(max(self.ceiling_mhz, self._steps[0].clock_mhz), "the watt budget")
+        return decided
 
     def _settle(self, now_s: float, want_mhz: int, reason: str) -> ClockDecision:
         """Step up at once, and down to the highest clock wanted within the dwell."""
@@ -128,7 +135,7 @@ class InstanceController:
         rate, prompt, output = self._remember(now_s, load)
         if not load.running and not load.queued:
             if not self.parking:
-                return self._clock_mhz, "idle"
+                return self._steps[0].clock_mhz, "nothing to do"
             return self._park_mhz, "parked: nothing to do"
         return self._cheapest(load, rate, prompt, output)
 
@@ -151,18 +158,24 @@ class InstanceController:
         ahead = load.queued_prompt_tokens
         tokens = float(load.queued * self.prompt_tokens if ahead is None else ahead)
         waited_s = load.oldest_wait_s or 0.0
-        batch = load.running + load.queued + 2.0 * math.sqrt(rate * self.period_s)
+        batch = load.running + load.queued + GROWTH * math.sqrt(rate * self.period_s)
+        floor = self.floor_mhz
         mean = prompt / rate if rate > 0 else self.prompt_tokens
         best, best_w, lacks = None, math.inf, "TBT"
         for step in self._steps:
             decode_s = step.fixed_s + step.request_s * batch
-            full_s = decode_s + step.prefill_token_s * chunk
-            if full_s > MARGIN * slo.tbt_s:
+            room = max(1.0, chunk - batch)
+            full_s = decode_s + step.prefill_token_s * room
+            if full_s > TBT_MARGIN * slo.tbt_s:
                 lacks = "TBT"
                 continue
-            token_s = full_s / chunk
+            token_s = full_s / room
             if waited_s + tokens * token_s > MARGIN * slo.ttft_s:
                 lacks = "TTFT of what waits"
+                continue
+            if floor is not None:  # what is to come is the pool's business, which sees all of it
+                if step.clock_mhz >= floor:
+                    return step.clock_mhz, "the pool's clock" if step.clock_mhz == floor else "more than the pool's clock"
                 continue
             if not _keeps(prompt * token_s, mean * token_s, slo.ttft_s * MARGIN - full_s, self.peers, self.share_late):
                 lacks = "TTFT"
@@ -186,8 +199,8 @@ class InstanceController:
 
 def _impossible(load: InstanceLoad) -> bool:
     """Whether a figure is negative, endless or no number."""
-    told = (load.running, load.queued, load.queued_prompt_tokens, load.kv_used_ratio, load.oldest_wait_s, load.requests_per_s)
-    told = (*told, load.prompt_tokens_per_s, load.output_tokens_per_s, load.age_s)
+    told: list[float | None] = [load.running, load.queued, load.queued_prompt_tokens, load.kv_used_ratio, load.oldest_wait_s]
+    told += [load.requests_per_s, load.prompt_tokens_per_s, load.output_tokens_per_s, load.age_s]
     return any(figure is not None and not 0 <= figure < math.inf for figure in told)
 
 

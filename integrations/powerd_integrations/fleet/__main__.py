@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     plan_file = Path(settings.planner.plan_file) if settings.planner.plan_file else None
     groups = [row.group for row in settings.groups]
     planner = LivePlanner(policy, settings.options, plan_file=plan_file, groups=groups)
-    targets = Targets([(row.group, row.targets) for row in settings.groups], planner.add_instances)
+    count = planner.add_arrivals if settings.planner.arrivals == "engines" else None
+    targets = Targets([(row.group, row.targets) for row in settings.groups], planner.add_instances, count=count)
     server = PlannerServer(address, planner, token)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -33,6 +33,7 @@ class PlannerSection:
     token_file: str = ""  # who reports must hold what is in it
     policy: str = "dynamollm"
     engine_model: str = ""  # file with the engine's figures (powerctl dynamollm profile makes it)
+    arrivals: str = "routers"  # who counts them: routers that report, or "engines" that are scraped (no router is ours)
     stale_after_s: float = 10.0
     gone_after_s: float = 15.0
     tick_s: float = 1.0
@@ -171,6 +172,8 @@ def _check(settings: FleetSettings, name: str) -> None:
             raise _bad(name, f"[[groups]] {row.group}: tp from 1, and min_replicas at most max_replicas, which is from 1")
         if seen.count(row.group) > 1:
             raise _bad(name, f"[[groups]] {row.group} is there twice")
+    if settings.planner.arrivals not in ("routers", "engines"):
+        raise _bad(name, f"[planner] arrivals: routers or engines, not {settings.planner.arrivals!r}")
     if settings.planner.gpus < 1:
         raise _bad(name, "[planner] gpus: from 1")
     for key in ("stale_after_s", "gone_after_s", "tick_s", "start_timeout_s", "settle_s"):

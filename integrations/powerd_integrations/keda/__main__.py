@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 
-from powerd_integrations.fleet.published import plan_source
+from powerd_integrations.fleet.published import PlanMirror
 from powerd_integrations.keda.scaler import Scaler, handlers
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
-        scaler = Scaler(plan_source(args.plan))
+        scaler = Scaler(PlanMirror(args.plan))
     except ValueError as error:
         parser.error(str(error))
     return asyncio.run(_serve(scaler, args.listen))

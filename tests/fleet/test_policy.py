@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,8 @@ class Context:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "plan.json"
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "plan.json"
 
 
 def decide(path: Path, now: int, queued: float = 0.0, tp: int = 8) -> tuple[int, str]:

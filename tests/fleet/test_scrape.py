@@ -88,7 +88,7 @@ def test_targets_are_found_by_name_and_one_that_is_away_hides_no_other(port: int
         ],
         told.extend,
     )
-    assert targets.scrape() == 1
+    assert targets.look() == 1
     assert [(state.pool, state.tp, state.load.running, state.phase) for state in told] == [("LL", 8, 7, "serving")]
     assert told[0].id == f"127.0.0.1:{port}"
 
@@ -96,13 +96,13 @@ def test_targets_are_found_by_name_and_one_that_is_away_hides_no_other(port: int
 def test_without_a_router_what_engines_finish_stands_for_what_arrives(port: int) -> None:
     counted: list[Arrivals] = []
     targets = Targets([(Group("ML", 8), (f"http://127.0.0.1:{port}/metrics",))], lambda states: None, count=counted.append)
-    targets.scrape()
+    targets.look()
     Engine.page = VLLM.replace("1000.0", "2500.0").replace(" 500.0", " 900.0").replace(" 10.0", " 12.0")
     try:
-        targets.scrape()
-        targets.scrape()
+        targets.look()
+        targets.look()
     finally:
         Engine.page = VLLM
-    targets.scrape()
+    targets.look()
     assert [dict(report.classes) for report in counted] == [{}, {"ML": ClassLoad(2, 1500, 400)}, {"ML": ClassLoad(0, 0, 0)}, {}]
     assert [report.sequence for report in counted] == [1, 2, 3, 4]

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=server.serve_forever, name="powerd-fleet-http", daemon=True).start()
-    scraper = Periodic(targets.scrape, 1.0, "powerd-fleet-scrape") if targets else None
+    scraper = Periodic(targets.look, 1.0, "powerd-fleet-scrape") if targets else None
     print(f"powerd-fleet: {policy.name} on http://{address[0]}:{server.server_address[1]}", flush=True)
     planner.run(stop)
     if scraper is not None:

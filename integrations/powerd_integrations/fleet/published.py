@@ -154,7 +154,7 @@ class PlanFile:
 
 
 class PlanMirror:
-    """Keeps the newest plan of a planner's URL or file in memory, read in a thread of its own: whoever asks never waits for it."""
+    """Keeps the newest plan of a planner's URL or file in memory, read in a thread of its own: who asks never waits for it."""
 
     def __init__(self, where: str | os.PathLike[str], period_s: float = 0.5) -> None:
         place = os.fspath(where)

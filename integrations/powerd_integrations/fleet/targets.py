@@ -46,7 +46,7 @@ class Targets:
         """Whether there is anything to scrape."""
         return bool(self._targets)
 
-    def scrape(self) -> int:
+    def look(self) -> int:
         """Ask every engine once and hand on what they say; returns how many answered.
 
         With ``count``, what they finished stands for what arrived: late by the length of an answer, and of the pool's class.

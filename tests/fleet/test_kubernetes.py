@@ -1,6 +1,5 @@
 """The manifests as far as they can be judged without a cluster: names that refer to each other, and the fields that matter.
 
-
 House rule: structure and references are checked here, not Kubernetes' schemas; nothing has been applied to a cluster.
 """
 

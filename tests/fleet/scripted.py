@@ -44,7 +44,7 @@ class Clock:
 def planner(controller: Scripted, clock: Clock, **options: object) -> LivePlanner:
     """A planner of 96 GPUs on the test's clock."""
     built = PlannerOptions(Limits(96, settle_s=1.0), stale_after_s=10.0, gone_after_s=15.0)
-    return LivePlanner(controller, built, groups=[LL8], now_s=clock, unix_s=lambda: 1e9 + clock.s, **options)  # type: ignore[arg-type]
+    return LivePlanner(controller, built, groups={LL8: (0, 12)}, now_s=clock, unix_s=lambda: 1e9 + clock.s, **options)  # type: ignore[arg-type]
 
 
 def report(sequence: int, requests: int = 0, router: str = "r1") -> Arrivals:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from powerd_integrations.fleet.published import PlanFile, from_json, to_json
+from powerd_integrations.fleet.published import Group, PlanFile, from_json, to_json
 from powerd_policies.dynamollm.fleet import ClassLoad
 from tests.fleet.scripted import LL8, Clock, Scripted, planner, replica, report
 
@@ -148,3 +148,15 @@ def test_the_file_is_the_plan_and_a_reader_survives_everything(tmp_path: Path) -
 def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     live = planner(Scripted(ll8=2), Clock(), plan_file=tmp_path / "gone" / "plan.json")
     assert live.tick().replicas("LL", 8) == 2
+
+
+def test_bounds_of_a_group_hold_and_what_is_no_group_is_said_once() -> None:
+    clock, controller = Clock(), Scripted(ll8=20)
+    live = planner(controller, clock)
+    controller.counts[Group("SS", 2)] = 3
+    for second in range(1, 13):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        plan = live.tick()
+    assert plan.desired == {LL8: 12}
+    assert [event.detail for event in live.events()] == ["SS-tp2: wanted, but no group of this fleet"]

@@ -10,7 +10,7 @@ from powerd.errors import RequestError
 from powerd_integrations.fleet import settings as configured
 from powerd_integrations.fleet.__main__ import main
 from powerd_integrations.fleet.policy import build
-from powerd_policies.dynamollm.classes import Slo
+from powerd_policies.dynamollm.classes import NAMES, Slo
 from powerd_policies.dynamollm.fleet import FleetState
 from powerd_policies.dynamollm.knobs import POLICIES
 
@@ -31,20 +31,24 @@ SS = 0.5
 """
 
 
+ALL_POOLS = "".join(f'[[groups]]\npool = "{name}"\ntp = 8\nmax_replicas = 12\n' for name in NAMES if name != "LL")
+
+
 @pytest.mark.parametrize("policy", [*POLICIES])
 def test_every_policy_decides_a_fleet(policy: str) -> None:
-    settings = configured.parse(GOOD.replace("POLICY", policy))
+    settings = configured.parse(GOOD.replace("POLICY", policy) + ALL_POOLS)
     plan = build(settings).decide(FleetState(0.0, 0.0, (), {}, 96))
     assert plan.instances
     assert set(plan.routes) == {"SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL"}
 
 
 def test_options_of_a_policy_and_a_fixed_fleet() -> None:
-    controller = build(configured.parse(GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = 60\npartitions = ['nine']\n"))
+    controller = build(configured.parse(GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = 60\n"))
     assert controller.knobs.pool_s == 60  # type: ignore[attr-defined]
-    fixed = build(configured.parse(GOOD.replace("POLICY", "static") + "[policy]\ntp = 4\ncount = 3\nclock_mhz = 1980\n"))
+    assert controller.knobs.partitions == ("one",)  # type: ignore[attr-defined]
+    fixed = build(configured.parse(GOOD.replace("POLICY", "static") + "[policy]\ntp = 8\ncount = 3\nclock_mhz = 1980\n"))
     wants = fixed.decide(FleetState(0.0, 0.0, (), {}, 96)).instances
-    assert [(want.tp, want.clock_mhz) for want in wants] == [(4, 1980)] * 3
+    assert [(want.tp, want.clock_mhz) for want in wants] == [(8, 1980)] * 3
 
 
 def test_slos_are_those_of_the_class_or_the_strictest() -> None:
@@ -88,6 +92,9 @@ def test_what_is_wrong_is_said(right: str, wrong: str, said: str) -> None:
         (GOOD.replace("POLICY", "dynamo"), "there is no policy 'dynamo'; there are singlepool"),
         (GOOD.replace("POLICY", "dynamollm") + "[policy]\nspeed = 1\n", "speed"),
         (GOOD.replace("POLICY", "static") + "[policy]\ntp = 3\ncount = 1\nclock_mhz = 1980\n", "holds no TP3"),
+        (GOOD.replace("POLICY", "multipool"), "no partition has all its pools among the [[groups]]: nine needs SS, SM, SL"),
+        (GOOD.replace("POLICY", "dynamollm") + "[policy]\npartitions = ['two']\n", "there is no partition 'two'"),
+        (GOOD.replace("POLICY", "dynamollm").replace("tp = 8", "tp = 4"), "dynamollm needs tensor parallelism 8"),
         (GOOD.replace("POLICY", "dynamollm").replace("tp = 8", "tp = 16"), "tp 16: the figures of llama2-70b_h100 hold TP2"),
         (GOOD.replace("POLICY", "dynamollm").replace(str(MODEL), "/none.csv"), "cannot read the engine model /none.csv"),
         (GOOD.replace("POLICY", "dynamollm").replace("gpus", "listen = 'x'\ngpus"), "listen: an address as 127.0.0.1:9480"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from powerd_integrations.fleet import scrape
 from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.fleet.test_settings import MODEL
 
@@ -90,7 +91,7 @@ def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_p
         asking = [threading.Thread(target=ask) for _ in range(4)]
         for thread in asking:
             thread.start()
-        wait_for("requests run", lambda: b"num_requests_running{" in urllib.request.urlopen(f"{engine_url}/metrics").read())
+        wait_for("requests run", lambda: scrape.load_of(scrape.fetch(f"{engine_url}/metrics", 0.0)).running == 4)
         sidecar.send_signal(signal.SIGTERM)
         wait_for("it is out of the routes while it drains", lambda: get(f"{planner_url}/v1/plan")["serving"] == [])
         for thread in asking:

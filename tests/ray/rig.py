@@ -134,8 +134,7 @@ class Service:
             planner_port = free_port()
             config.write_text(self._toml(planner_port))
             settings = configured.load(config)
-            groups = [row.group for row in settings.groups]
-            self.planner = LivePlanner(self.controller, settings.options, groups=groups)
+            self.planner = LivePlanner(self.controller, settings.options, groups=settings.bounds)
             self._server = PlannerServer(("127.0.0.1", planner_port), self.planner)
             threading.Thread(target=self._server.serve_forever, daemon=True).start()
             threading.Thread(target=self.planner.run, args=(self._stop,), daemon=True).start()

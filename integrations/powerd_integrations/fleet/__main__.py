@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.file}: {policy.name} every {policy.period_s:g} s over {', '.join(str(g.group) for g in settings.groups)}")
         return 0
     plan_file = Path(settings.planner.plan_file) if settings.planner.plan_file else None
-    groups = [row.group for row in settings.groups]
-    planner = LivePlanner(policy, settings.options, plan_file=plan_file, groups=groups)
+    planner = LivePlanner(policy, settings.options, plan_file=plan_file, groups=settings.bounds)
     count = planner.add_arrivals if settings.planner.arrivals == "engines" else None
     targets = Targets([(row.group, row.targets) for row in settings.groups], planner.add_instances, count=count)
     server = PlannerServer(address, planner, token)

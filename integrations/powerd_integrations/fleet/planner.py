@@ -59,14 +59,16 @@ class LivePlanner:
         options: PlannerOptions,
         *,
         plan_file: Path | None = None,
-        groups: Iterable[Group] = (),
+        groups: Mapping[Group, tuple[int, int]],
         now_s: Callable[[], float] = time.monotonic,
         unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._controller = controller
         self._options = options
         self._file = plan_file
-        self._groups = frozenset(groups)  # known to an autoscaler: named in every plan, with 0 when nothing is wanted
+        # Least and most replicas of each group that an autoscaler knows: every plan names them, also with 0.
+        self._groups = dict(groups)
+        self._nobodys: frozenset[Group] = frozenset()  # wanted, and no group of ours
         self._now_s, self._unix_s = now_s, unix_s
         self._lock = threading.Lock()
         self._seen = Observations(now_s(), options.gone_after_s)
@@ -187,6 +189,11 @@ class LivePlanner:
             raise ValueError(f"a plan with tensor parallelism {unknown}")
         self._wanted, self._decided_s, self._decided_unix_s = plan, now_s, self._unix_s()
         self._note(plan.events)
+        nobodys = frozenset(Group(want.pool, want.tp) for want in plan.instances) - self._groups.keys()
+        if nobodys - self._nobodys:
+            named = ", ".join(map(str, sorted(nobodys)))
+            self._note([FleetEvent(now_s, "infeasible", self._controller.name, f"{named}: wanted, but no group of this fleet")])
+        self._nobodys = nobodys
 
     def _note(self, events: Iterable[FleetEvent]) -> None:
         with self._lock:
@@ -229,10 +236,7 @@ class LivePlanner:
         return plan
 
 
-def _wanted(plan: FleetPlan, groups: frozenset[Group]) -> handover.Wanted:
-    """Count the wanted instances by group."""
-    counts = dict.fromkeys(groups, 0)
-    for want in plan.instances:
-        group = Group(want.pool, want.tp)
-        counts[group] = counts.get(group, 0) + 1
-    return handover.Wanted(counts, plan.routes)
+def _wanted(plan: FleetPlan, groups: Mapping[Group, tuple[int, int]]) -> handover.Wanted:
+    """Count the wanted instances by group, within the bounds that the autoscaler has; what is no group is nobody's to start."""
+    counts = Counter(Group(want.pool, want.tp) for want in plan.instances)
+    return handover.Wanted({group: min(most, max(least, counts[group])) for group, (least, most) in groups.items()}, plan.routes)

@@ -125,6 +125,11 @@ class FleetSettings:
         return Slo(row.ttft_s or min(slo.ttft_s for slo in slos), row.tbt_s or min(slo.tbt_s for slo in slos))
 
     @property
+    def bounds(self) -> dict[Group, tuple[int, int]]:
+        """Least and most replicas of each group."""
+        return {row.group: (row.min_replicas, row.max_replicas) for row in self.groups}
+
+    @property
     def options(self) -> PlannerOptions:
         """How the planner looks at its fleet."""
         p = self.planner

@@ -7,6 +7,7 @@ here, by its id.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -24,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from powerd_integrations.fleet import scrape
 from powerd_integrations.fleet import settings as configured
 from powerd_integrations.fleet.planner import LivePlanner
 from powerd_integrations.fleet.published import Group
 from powerd_integrations.fleet.server import PlannerServer
 from powerd_policies.dynamollm.classes import NAMES
-from powerd_policies.dynamollm.fleet import FleetPlan, FleetState, InstanceWant
+from powerd_policies.dynamollm.fleet import FleetPlan, FleetState, InstanceLoad, InstanceWant
 from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.rayenv import ROOT, ray_python, source_path
 
@@ -229,6 +231,19 @@ class Service:
             assert time.monotonic() < end_s, f"not within {at_most_s:g} s: {self.serving()}, {self.log.read_text()[-3000:]}"
             sent += self.run_load(rate, 0.5, tokens)
         return sent
+
+    def open(self, tokens: int) -> http.client.HTTPResponse:
+        """A stream that the test reads itself."""
+        body = json.dumps({"prompt": "tok " * 50, "max_tokens": tokens, "stream": True}).encode()
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        link.request("POST", "/v1/completions", body, {"Content-Type": "application/json", "Connection": "close"})
+        return link.getresponse()
+
+    def engine_page(self, pid: int) -> Callable[[], InstanceLoad]:
+        """How the load of an engine's process is read: from its own page."""
+        words = (Path(f"/proc/{pid}") / "cmdline").read_text().split("\0")
+        url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/metrics"
+        return lambda: scrape.load_of(scrape.fetch(url, 0.0))
 
     def _request(self, number: int, tokens: int, prompt: int) -> Outcome:
         # A word is one token to the simulated engine; the router estimates by characters.

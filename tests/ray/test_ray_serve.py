@@ -132,6 +132,16 @@ def test_a_killed_metrics_page_gives_the_full_clock_and_freezes_the_plan(service
     assert in_slo(all_answered(service.run_load(rate=2.0, seconds=2.0), 20)) == 1.0
 
 
+def test_a_client_that_hangs_up_ends_its_request_at_the_engine(service: Service) -> None:
+    engine = int((service.live.root / f"{service.live.client.replicas()[0].name}.engine").read_text())
+    page = service.engine_page(engine)
+    answer = service.open(tokens=5000)
+    assert answer.readline().startswith(b"data: ")
+    assert page().running == 1
+    answer.close()
+    wait_for("the engine has dropped it", lambda: page().running == 0)
+
+
 def test_when_it_ends_nothing_stays(service: Service) -> None:
     service.stop_ray()
     assert service.ray_pids() == []

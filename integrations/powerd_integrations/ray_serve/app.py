@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from powerd.errors import RequestError
 from powerd_integrations.fleet import settings as configured
 from powerd_integrations.fleet.settings import FleetSettings, GroupSection
+from powerd_policies.dynamollm import models
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -41,7 +42,8 @@ def application(settings: FleetSettings) -> Application:
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": settings.service.router_cpus},
     )
-    bound: Application = router.bind(settings, engines, token)
+    # Files are read here: another node of the cluster need not have them.
+    bound: Application = router.bind(settings, models.load(settings.planner.engine_model), engines, token)
     return bound
 
 

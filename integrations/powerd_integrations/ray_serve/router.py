@@ -14,7 +14,7 @@ from powerd_integrations.fleet.published import Group, PlanMirror
 from powerd_integrations.fleet.reporter import ArrivalCounter, PlannerLink
 from powerd_integrations.fleet.settings import FleetSettings
 from powerd_integrations.fleet.steering import BrokenOffError, NobodyServesError, Steering, Ticket
-from powerd_policies.dynamollm import models
+from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.router import PromptTooLongError
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ STREAM: Final = "text/event-stream; charset=utf-8"
 class RouterReplica:
     """Serves OpenAI's paths and steers requests to the groups' deployments."""
 
-    def __init__(self, settings: FleetSettings, handles: Mapping[str, DeploymentHandle], token: str = "") -> None:
+    def __init__(
+        self, settings: FleetSettings, model: EngineModel, handles: Mapping[str, DeploymentHandle], token: str = ""
+    ) -> None:
         self._handles = {name: handle.options(stream=True) for name, handle in handles.items()}
         service = settings.service
         self._counter = ArrivalCounter(PlannerLink(service.planner, token))
-        model = models.load(settings.planner.engine_model)
         self._steering = Steering(settings, model, PlanMirror(service.plan or service.planner), self._counter, self._send)
 
     async def __call__(self, request: Request) -> Response:

@@ -17,6 +17,7 @@ from benchmarks import spans as energy_spans
 from benchmarks.autoscaler import autoscaler
 from benchmarks.beats import beats
 from benchmarks.clock_search import search_clocks
+from benchmarks.cluster import cluster
 from benchmarks.daemon import Client, running
 from benchmarks.host import host, savings
 from benchmarks.influx import influx
@@ -310,4 +311,5 @@ CASES = {
     "host": host,
     "savings": savings,
     "autoscaler": autoscaler,
+    "cluster": cluster,
 }

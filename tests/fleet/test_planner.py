@@ -84,6 +84,20 @@ def test_stale_metrics_of_a_replica_freeze_scaling_down_until_it_is_gone() -> No
     assert live.plan().replicas("LL", 8) == 1, "i2 is gone, what is left is known"
 
 
+def test_a_replica_that_reports_old_metrics_serves_and_is_never_gone() -> None:
+    clock, controller = Clock(), Scripted(ll8=1)
+    live = planner(controller, clock)
+    for second in range(1, 60):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        live.add_instances([replica("i1", age_s=float(second))])
+        plan = live.tick()
+    assert [one.id for one in plan.serving] == ["i1"]
+    assert plan.routes["ML"] == (LL8,)
+    assert "stale" in plan.held
+    assert controller.seen[-1].instances[0].load.age_s > 50
+
+
 def test_an_old_report_is_stale_when_it_comes() -> None:
     clock, controller = Clock(), Scripted(ll8=1)
     live = planner(controller, clock)

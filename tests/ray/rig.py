@@ -31,7 +31,7 @@ from powerd_integrations.fleet.planner import LivePlanner
 from powerd_integrations.fleet.published import Group
 from powerd_integrations.fleet.server import PlannerServer
 from powerd_policies.dynamollm.classes import NAMES
-from powerd_policies.dynamollm.fleet import FleetPlan, FleetState, InstanceLoad, InstanceWant
+from powerd_policies.dynamollm.fleet import FleetPlan, FleetState, InstanceLoad, InstanceState, InstanceWant
 from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.rayenv import ROOT, ray_python, source_path
 
@@ -39,7 +39,7 @@ JOBS = Path(__file__).parent / "jobs"
 LOOPBACK = Path(__file__).parent / "loopback"
 GPUS = 8
 MODEL = ROOT / "policies" / "profiles" / "llm" / "llama2-70b_h100.engine.csv"
-TTFT_S, TBT_S = 4.0, 1.0  # of two shared cores, not of an H100
+TTFT_S, TBT_S = 5.0, 1.0  # of two shared cores, not of an H100
 PER_REPLICA_RPS = 2.0
 
 FLEET = """\
@@ -91,10 +91,12 @@ class Follower:
     def __init__(self) -> None:
         self.tp = 2
         self.at_least = 1
+        self.shown: tuple[InstanceState, ...] = ()
         self._seen: deque[tuple[float, int]] = deque(maxlen=10)  # four seconds
 
     def decide(self, state: FleetState) -> FleetPlan:
         """As many replicas as the last seconds' requests need, at least one."""
+        self.shown = state.instances
         self._seen.append((state.window_s, sum(load.requests for load in state.arrivals.values())))
         rate = sum(n for _, n in self._seen) / sum(window_s for window_s, _ in self._seen)
         count = max(self.at_least, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))

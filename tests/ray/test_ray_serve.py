@@ -48,6 +48,16 @@ def locked(service: Service) -> list[int]:
     return [n for n, row in enumerate(rows) if row["locked_clocks_mhz"] and row["locked_clocks_mhz"][1] < MAX_MHZ]
 
 
+def oldest_load_s(service: Service) -> float:
+    """As the controller was shown it last."""
+    return max((instance.load.age_s for instance in service.controller.shown), default=0.0)
+
+
+def engines_alive(service: Service) -> int:
+    pids = [int(path.read_text()) for pattern in ("*.engine", "*.metrics") for path in service.live.root.glob(pattern)]
+    return sum(Path(f"/proc/{pid}/cmdline").exists() and b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
+
+
 def test_it_listens_on_loopback_only(service: Service) -> None:
     inodes = set()
     for pid in service.ray_pids():
@@ -102,6 +112,7 @@ def test_a_killed_replica_costs_no_request(service: Service) -> None:
     all_answered(sent, 60)
     wait_for("a new replica serves instead", lambda: victim not in service.replica_pids())
     service.wait_serving(tp4=2)
+    wait_for("the killed replica's engine and its page have ended with it", lambda: engines_alive(service) == 4)
     after = all_answered(service.run_load(rate=3.0, seconds=2.0), 20)
     assert in_slo(after) == 1.0
     service.controller.at_least = 1
@@ -129,6 +140,7 @@ def test_a_killed_metrics_page_gives_the_full_clock_and_freezes_the_plan(service
     os.kill(int((service.live.root / f"{replica.name}.metrics").read_text()), signal.SIGKILL)
     wait_for("full clock while nobody knows the load", lambda: locked(service) == [])
     wait_for("nothing shrinks", lambda: "stale" in service.planner.plan().held)
+    wait_for("it is longer stale than a replica that is gone is remembered", lambda: oldest_load_s(service) > 8.0)
     assert in_slo(all_answered(service.run_load(rate=2.0, seconds=2.0), 20)) == 1.0
 
 
@@ -145,6 +157,7 @@ def test_a_client_that_hangs_up_ends_its_request_at_the_engine(service: Service)
 def test_when_it_ends_nothing_stays(service: Service) -> None:
     service.stop_ray()
     assert service.ray_pids() == []
+    wait_for("no engine is left", lambda: engines_alive(service) == 0)
     wait_for("every lease is gone", lambda: service.live.client.replicas() == ())
     assert locked(service) == []
     rows = service.live.node.show()["gpus"]

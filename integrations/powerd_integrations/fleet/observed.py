@@ -33,6 +33,15 @@ class Arrivals:
     classes: Mapping[str, ClassLoad]
 
 
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """An instance's newest report: it lives as long as it is heard, however old the load is that it tells."""
+
+    heard_s: float
+    measured_s: float
+    state: InstanceState
+
+
 class Observations:
     """Arrivals since a controller last looked, and the newest report of each instance."""
 
@@ -41,7 +50,7 @@ class Observations:
         self._since_s = now_s
         self._arrived: dict[str, ClassLoad] = {}
         self._routers: dict[str, tuple[int, float]] = {}
-        self._instances: dict[str, tuple[float, InstanceState]] = {}
+        self._instances: dict[str, _Report] = {}
 
     def add_arrivals(self, report: Arrivals, now_s: float) -> bool:
         """Count a router's report; False when it was counted before."""
@@ -68,7 +77,7 @@ class Observations:
         """Take what instances say of themselves; ``load.age_s`` is how old it was when it was sent."""
         for state in states:
             if state.id in self._instances or len(self._instances) < MAX_INSTANCES:
-                self._instances[state.id] = (now_s - state.load.age_s, state)
+                self._instances[state.id] = _Report(now_s, now_s - state.load.age_s, state)
 
     def remove_instance(self, name: str) -> None:
         """Forget an instance that said goodbye."""
@@ -78,33 +87,33 @@ class Observations:
         """Return the seconds since any router reported; None before the first."""
         return min((now_s - at for _, at in self._routers.values()), default=None)
 
-    def oldest_report_s(self, now_s: float) -> float:
-        """Return the age of the oldest report of an instance that still counts."""
+    def oldest_load_s(self, now_s: float) -> float:
+        """Return the age of the oldest load among the instances that there are."""
         self._forget(now_s)
-        return max((now_s - at for at, _ in self._instances.values()), default=0.0)
+        return max((now_s - report.measured_s for report in self._instances.values()), default=0.0)
 
     def serving(self, now_s: float) -> tuple[Serving, ...]:
         """Return the replicas that serve."""
         self._forget(now_s)
         return tuple(
-            Serving(name, Group(state.pool, state.tp), state.clock_mhz)
-            for name, (_, state) in sorted(self._instances.items())
-            if state.phase == "serving"
+            Serving(name, Group(report.state.pool, report.state.tp), report.state.clock_mhz)
+            for name, report in sorted(self._instances.items())
+            if report.state.phase == "serving"
         )
 
     def state(self, now_s: float, gpus: int) -> FleetState:
         """Return the fleet as a controller sees it, with what arrived since it was asked for last; the next window begins."""
         self._forget(now_s)
         instances = tuple(
-            replace(state, load=replace(state.load, age_s=max(0.0, now_s - at)))
-            for _, (at, state) in sorted(self._instances.items())
+            replace(report.state, load=replace(report.state.load, age_s=max(0.0, now_s - report.measured_s)))
+            for _, report in sorted(self._instances.items())
         )
         window_s, arrived = now_s - self._since_s, self._arrived
         self.forget_arrivals(now_s)
         return FleetState(now_s, window_s, instances, {name: arrived.get(name, ClassLoad()) for name in NAMES}, gpus)
 
     def _forget(self, now_s: float) -> None:
-        for name in [name for name, (at, _) in self._instances.items() if now_s - at > self.gone_after_s]:
+        for name in [name for name, report in self._instances.items() if now_s - report.heard_s > self.gone_after_s]:
             del self._instances[name]
         for name in [name for name, (_, at) in self._routers.items() if now_s - at > 3600.0]:
             del self._routers[name]

@@ -145,7 +145,7 @@ class LivePlanner:
             held = self._why_held(now_s)
             if held and self._wanted is not None:
                 self._seen.forget_arrivals(now_s)
-            frozen = bool(held) or self._seen.oldest_report_s(now_s) > self._options.stale_after_s
+            frozen = bool(held) or self._seen.oldest_load_s(now_s) > self._options.stale_after_s
             serving = self._seen.serving(now_s)
             due = self._wanted is None or now_s - self._last_try_s >= self._controller.period_s
             state = self._seen.state(now_s, self._options.limits.gpus) if due and (not held or self._wanted is None) else None

@@ -1,4 +1,4 @@
-"""A fleet in one process: real HTTP, simulated engines on a simulated node in scaled time, engines that can be killed or be ill."""
+"""A fleet in one process: real HTTP, simulated engines on a node in scaled time, engines that can be killed or be ill."""
 
 from __future__ import annotations
 

@@ -1,0 +1,189 @@
+"""What was seen of a fleet: arrivals that routers count, and instances that report themselves or are scraped.
+
+House rules: everything has an age; what is too old is dropped, never guessed; a router's report is counted once, however often it
+is sent; reports are bounded, so that nobody can fill the planner's memory; nothing here decides.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, get_args
+
+from powerd_integrations.fleet.published import Group, Serving
+from powerd_policies.dynamollm.classes import NAMES
+from powerd_policies.dynamollm.fleet import ClassLoad, FleetState, InstanceLoad, InstanceState, Phase, Role
+
+MAX_INSTANCES: Final = 10_000
+MAX_ROUTERS: Final = 1_000
+_LOAD_FIELDS: Final = frozenset(field.name for field in fields(InstanceLoad))
+_WHOLE: Final = frozenset({"running", "queued", "queued_prompt_tokens"})
+
+
+class ReportError(ValueError):
+    """A report that is none; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What one router counted since its last report; ``sequence`` rises with every report of a router's life."""
+
+    router: str
+    sequence: int
+    classes: Mapping[str, ClassLoad]
+
+
+class Observations:
+    """Arrivals over a sliding window, and the newest report of each instance."""
+
+    def __init__(self, window_s: float = 60.0, gone_after_s: float = 15.0) -> None:
+        self.window_s = window_s
+        self.gone_after_s = gone_after_s
+        self._arrivals: deque[tuple[float, Mapping[str, ClassLoad]]] = deque()
+        self._routers: dict[str, tuple[int, float]] = {}
+        self._instances: dict[str, tuple[float, InstanceState]] = {}
+
+    def add_arrivals(self, report: Arrivals, now_s: float) -> bool:
+        """Count a router's report; False when it was counted before."""
+        last = self._routers.get(report.router)
+        if last is not None and report.sequence <= last[0]:
+            return False
+        if last is None and len(self._routers) >= MAX_ROUTERS:
+            self._routers.pop(min(self._routers, key=lambda name: self._routers[name][1]))
+        self._routers[report.router] = (report.sequence, now_s)
+        if report.classes:
+            self._arrivals.append((now_s, report.classes))
+        return True
+
+    def add_instances(self, states: Iterable[InstanceState], now_s: float) -> None:
+        """Take what instances say of themselves; ``load.age_s`` is how old it was when it was sent."""
+        for state in states:
+            if state.id in self._instances or len(self._instances) < MAX_INSTANCES:
+                self._instances[state.id] = (now_s - state.load.age_s, state)
+
+    def remove_instance(self, name: str) -> None:
+        """Forget an instance that said goodbye."""
+        self._instances.pop(name, None)
+
+    def arrivals_age_s(self, now_s: float) -> float | None:
+        """Return the seconds since any router reported; None before the first."""
+        return min((now_s - at for _, at in self._routers.values()), default=None)
+
+    def oldest_report_s(self, now_s: float) -> float:
+        """Return the age of the oldest report of an instance that still counts."""
+        self._forget(now_s)
+        return max((now_s - at for at, _ in self._instances.values()), default=0.0)
+
+    def serving(self, now_s: float) -> tuple[Serving, ...]:
+        """Return the replicas that serve."""
+        self._forget(now_s)
+        return tuple(
+            Serving(name, Group(state.pool, state.tp), state.clock_mhz)
+            for name, (_, state) in sorted(self._instances.items())
+            if state.phase == "serving"
+        )
+
+    def state(self, now_s: float, gpus: int) -> FleetState:
+        """Return the fleet as a controller sees it."""
+        self._forget(now_s)
+        instances = tuple(
+            replace(state, load=replace(state.load, age_s=max(0.0, now_s - at)))
+            for _, (at, state) in sorted(self._instances.items())
+        )
+        return FleetState(now_s, self.window_s, instances, self._window(now_s), gpus)
+
+    def _window(self, now_s: float) -> dict[str, ClassLoad]:
+        while self._arrivals and self._arrivals[0][0] <= now_s - self.window_s:
+            self._arrivals.popleft()
+        total = {name: [0, 0, 0] for name in NAMES}
+        for _, classes in self._arrivals:
+            for name, load in classes.items():
+                row = total[name]
+                row[0] += load.requests
+                row[1] += load.prompt_tokens
+                row[2] += load.output_tokens
+        return {name: ClassLoad(*row) for name, row in total.items()}
+
+    def _forget(self, now_s: float) -> None:
+        for name in [name for name, (at, _) in self._instances.items() if now_s - at > self.gone_after_s]:
+            del self._instances[name]
+        for name in [name for name, (_, at) in self._routers.items() if now_s - at > 3600.0]:
+            del self._routers[name]
+
+
+# --- what comes over the wire ---------------------------------------------------------------------------------------------------
+
+
+def arrivals_from_json(document: Any) -> Arrivals:
+    """Read a router's report; ReportError when it is none."""
+    body = _table(document, "a report")
+    classes = {}
+    for name, row in _table(body.get("classes", {}), "classes").items():
+        if name not in NAMES:
+            raise ReportError(f"no class {name!r}; there are {', '.join(NAMES)}")
+        counts = _table(row, name)
+        if unknown := set(counts) - {"requests", "prompt_tokens", "output_tokens"}:
+            raise ReportError(f"{name}: unknown {sorted(unknown)[0]!r}")
+        classes[name] = ClassLoad(**{key: _whole(value, f"{name}.{key}") for key, value in counts.items()})
+    return Arrivals(_text(body.get("router"), "router"), _whole(body.get("sequence"), "sequence"), classes)
+
+
+def instances_from_json(document: Any) -> tuple[InstanceState, ...]:
+    """Read what instances say of themselves; ReportError when it is nothing of the kind."""
+    rows = _table(document, "a report").get("instances")
+    if not isinstance(rows, list):
+        raise ReportError("instances: a list")
+    return tuple(_instance(row) for row in rows)
+
+
+def instance_to_json(state: InstanceState) -> dict[str, Any]:
+    """Return an instance's report as JSON types."""
+    load = {name: getattr(state.load, name) for name in sorted(_LOAD_FIELDS)}
+    names = ("id", "pool", "tp", "clock_mhz", "phase", "role", "ready_s")
+    return {**{name: getattr(state, name) for name in names}, "load": load}
+
+
+def _instance(row: Any) -> InstanceState:
+    body = _table(row, "an instance")
+    load = _table(body.get("load", {}), "load")
+    if unknown := set(load) - _LOAD_FIELDS:
+        raise ReportError(f"load: unknown {sorted(unknown)[0]!r}")
+    counted: dict[str, Any] = {
+        name: None if value is None else _whole(value, name) if name in _WHOLE else _number(value, name)
+        for name, value in load.items()
+    }
+    phase, role, ready = body.get("phase", "serving"), body.get("role", "both"), body.get("ready_s")
+    if phase not in get_args(Phase) or role not in get_args(Role):
+        raise ReportError(f"phase {phase!r} and role {role!r}: of {get_args(Phase)} and {get_args(Role)}")
+    tp = _whole(body.get("tp"), "tp")
+    if not 1 <= tp <= 1024:
+        raise ReportError(f"tp {tp}: from 1 to 1024")
+    return InstanceState(
+        _text(body.get("id"), "id"), _text(body.get("pool"), "pool"), tp, _whole(body.get("clock_mhz", 0), "clock_mhz"),
+        phase, role, None if ready is None else _number(ready, "ready_s"), InstanceLoad(**counted),
+    )  # fmt: skip
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ReportError(f"{what}: a table, not {type(value).__name__}")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 200:
+        raise ReportError(f"{what}: a text of 1 to 200 characters")
+    return value
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        raise ReportError(f"{what}: a whole number from 0")
+    return value
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1e15:
+        raise ReportError(f"{what}: a number from 0")
+    return float(value)

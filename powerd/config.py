@@ -156,29 +156,29 @@ class InfluxConfig:
 class ReplicasConfig:
     """``[replicas]``: how inference replicas are followed (docs/inference.md)."""
 
-    scrape_s: float = key(1.0, "seconds between two looks at an engine's metrics page", low=0.1, high=10)
-    timeout_s: float = key(1.0, "seconds that an engine may take to answer", low=0.05, high=10)
-    stale_s: float = key(4.0, "full clock when no page could be believed for so many seconds", low=0.2, high=120)
-    good_scrapes: int = key(3, "good pages in a row before a clock is lowered again", low=1, high=100)
-    window_s: float = key(15.0, "seconds over which latencies are judged", low=1, high=600)
-    park_after_s: float = key(10.0, "an engine with nothing to do for so long is idle: its clock is parked", low=0.5, high=3600)
-    allowed_hosts: str = key("", "hosts beside this one whose metrics pages may be read, comma separated")
-    profile_dir: str = key("", "folder with the site's own engine profiles; empty: those that come with powerd")
+    scrape_s: float = knob(1.0, "seconds between two looks at an engine's metrics page", low=0.1, high=10)
+    timeout_s: float = knob(1.0, "seconds that an engine may take to answer", low=0.05, high=10)
+    stale_s: float = knob(4.0, "full clock when no page could be believed for so many seconds", low=0.2, high=120)
+    good_scrapes: int = knob(3, "good pages in a row before a clock is lowered again", low=1, high=100)
+    window_s: float = knob(15.0, "seconds over which latencies are judged", low=1, high=600)
+    park_after_s: float = knob(10.0, "an engine with nothing to do for so long is idle: its clock is parked", low=0.5, high=3600)
+    allowed_hosts: str = knob("", "hosts beside this one whose metrics pages may be read, comma separated")
+    profile_dir: str = knob("", "folder with the site's own engine profiles; empty: those that come with powerd")
 
 
 @dataclass(frozen=True, slots=True)
 class StaticReplica:
     """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
 
-    name: str = key("", "its name on this node")
-    pool: str = key("", "the pool of alike replicas that it belongs to")
-    gpus: tuple[str, ...] = key((), "UUIDs of its GPUs")
-    metrics_url: str = key("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
-    ttft_s: float = key(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
-    tbt_s: float = key(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
-    tp: int = key(1, "tensor parallelism", low=1, high=64)
-    engine: str = key("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
-    profile: str = key("", "engine profile; empty: the clock is parked when idle and full otherwise")
+    name: str = knob("", "its name on this node")
+    pool: str = knob("", "the pool of alike replicas that it belongs to")
+    gpus: tuple[str, ...] = knob((), "UUIDs of its GPUs")
+    metrics_url: str = knob("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
+    ttft_s: float = knob(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
+    tbt_s: float = knob(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
+    tp: int = knob(1, "tensor parallelism", low=1, high=64)
+    engine: str = knob("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
+    profile: str = knob("", "engine profile; empty: the clock is parked when idle and full otherwise")
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ class Reconfigurer:
     ) -> None:  # fmt: skip
         self.replicas: dict[str, Replica] = {}
         self.events: deque[FleetEvent] = deque(maxlen=1000)
+        self.now_s: Callable[[], float] = asyncio.get_running_loop().time  # for events: the controller's time where that is another
         self.died = 0  # replicas that ended without being asked
         self._launcher, self._front, self._clocks, self._times = launcher, front, clocks, times or Times()
         self._load = load
@@ -93,6 +94,7 @@ class Reconfigurer:
         self._alarm = asyncio.Event()  # a replica died
         self._numbers = itertools.count(1)
         self._repair: asyncio.Task[None] | None = None
+        self._change: asyncio.Task[None] | None = None
         self._closing = False
 
     # -- what is there ---------------------------------------------------------------------------------------------------
@@ -130,7 +132,28 @@ class Reconfigurer:
 
     def _note(self, kind: str, subject: str, detail: str) -> None:
         log.info("event=%s subject=%s %s", kind, subject, detail)
-        self.events.append(FleetEvent(asyncio.get_running_loop().time(), kind, subject, detail))
+        self.events.append(FleetEvent(self.now_s(), kind, subject, detail))
+
+    # -- following a controller ------------------------------------------------------------------------------------------
+
+    async def follow(self, plan: FleetPlan) -> None:
+        """Take a controller's newest plan: clocks at once, another shape of the fleet in the background, one change at a time.
+
+        A plan that comes while a change is under way sets clocks only; its shape counts when it is wanted again.
+        """
+        self.events.extend(plan.events)
+        for want in plan.instances:
+            replica = self.replicas.get(want.id or "")
+            if replica is not None and replica.phase is Phase.SERVING and replica.want.clock_mhz != want.clock_mhz:
+                replica.want = replace(replica.want, clock_mhz=want.clock_mhz)
+                await self._hold(replica)
+        if self._change is None or self._change.done():
+            self._change = asyncio.get_running_loop().create_task(self._reach(plan))
+
+    async def _reach(self, plan: FleetPlan) -> None:
+        report = await self.apply(plan)
+        if not report.ok:
+            log.warning("the fleet stays as it was: %s", report.reason)
 
     # -- a change --------------------------------------------------------------------------------------------------------
 
@@ -365,8 +388,10 @@ class Reconfigurer:
     async def close(self) -> None:
         """Drain and stop everything."""
         self._closing = True
-        if self._repair is not None:
-            self._repair.cancel()
+        for task in (self._repair, self._change):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         async with self._lock:
             leaving = self._in(Phase.SERVING)
             for replica in leaving:

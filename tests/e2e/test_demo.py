@@ -43,7 +43,7 @@ def demo(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, Any], list[dic
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "powerd.demo", "--out", str(out), *arguments],
-        env=environment(tmp_path), capture_output=True, text=True, timeout=150,
+        env=environment(tmp_path), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     with (out / "energy_time.csv").open() as rows:
@@ -212,3 +212,25 @@ def test_interrupted_at_any_time_it_leaves_nothing_running(tmp_path: Path, numbe
             return
         signal.sigtimedwait([], 0.1)
     assert left_running(str(tmp_path)) == []
+
+
+@pytest.mark.xdist_group("demo")
+def test_dynamollm_serves_the_same_requests_for_less(whole: tuple[Path, str, dict[str, Any]]) -> None:
+    folder, said, result = whole
+    service = result["service"]
+    single, dynamo = (service["policies"][name] for name in ("SinglePool", "DynamoLLM"))
+    assert service["requests"] > 500
+    for policy in (single, dynamo):
+        assert policy["outcomes"] == {"answered": service["requests"]}
+        assert policy["within_slo"] >= 0.99
+        assert policy["low_j"] < policy["energy_j"] < policy["high_j"]
+        assert policy["tbt_p99_s"] <= service["tbt_s"]
+    assert service["lost"] == 0
+    assert single["fleets"] == "1 x TP8"
+    assert (single["mean_clock_mhz"], single["lost"]) == (1980, 0)
+    assert dynamo["mean_clock_mhz"] < 1700
+    assert 0.15 < service["saving"]["low"] < service["saving"]["saving"] < service["saving"]["high"] < 0.5
+    last = said.strip().splitlines()[-3]
+    assert last.startswith(f"DynamoLLM saves {service['saving']['saving']:.1%}")
+    assert last.endswith("lost requests = 0 (simulated)")
+    assert (folder / "out/service.png").read_bytes().startswith(b"\x89PNG\r\n")

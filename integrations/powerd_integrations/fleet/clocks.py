@@ -1,19 +1,30 @@
 """The clocks of a fleet's replicas on this node, held by its powerd: as a plan says, or as the daemon finds right by itself.
 
-House rules: whoever asks is never in the way of a request: without powerd the GPUs run at full clock; the daemon's answer is awaited
-in a thread; what is held ends with the replica, and with this process.
+House rules: whoever asks is never in the way of a request: without powerd the GPUs run at full clock; the daemon's answer is
+awaited in a thread; what is held ends with the replica, and with this process.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Protocol
 
 from powerd.client import Client, Lease
 from powerd.client.replica import Replica
 from powerd_integrations.fleet.launcher import Handle
 from powerd_policies.dynamollm.classes import Slo
 from powerd_policies.dynamollm.fleet import InstanceWant
+
+
+class Clocks(Protocol):
+    """Whoever holds the clocks of a replica's GPUs, such as the daemon's replica manager or a lease."""
+
+    async def hold(self, handle: Handle, want: InstanceWant) -> None:
+        """Take care of a replica from now on, or of another clock."""
+
+    async def release(self, handle: Handle) -> None:
+        """The replica has ended."""
 
 
 class LeaseClocks:

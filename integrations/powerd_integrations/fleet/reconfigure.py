@@ -15,8 +15,8 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
+from powerd_integrations.fleet.clocks import Clocks
 from powerd_integrations.fleet.front import Front
 from powerd_integrations.fleet.launcher import Handle, Launcher, NoGpusError
 from powerd_integrations.fleet.steps import Event, Phase, Present, after, difference, merged
@@ -54,16 +54,6 @@ class Replica:
     why: str = ""  # it died
 
 
-class Clocks(Protocol):
-    """Whoever holds the clocks of a replica's GPUs, such as the daemon's replica manager or a lease."""
-
-    async def hold(self, handle: Handle, want: InstanceWant) -> None:
-        """Take care of a replica from now on, or of another clock."""
-
-    async def release(self, handle: Handle) -> None:
-        """The replica has ended."""
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a change came to."""
@@ -84,7 +74,9 @@ class Reconfigurer:
     ) -> None:  # fmt: skip
         self.replicas: dict[str, Replica] = {}
         self.events: deque[FleetEvent] = deque(maxlen=1000)
-        self.now_s: Callable[[], float] = asyncio.get_running_loop().time  # for events: the controller's time where that is another
+        self.now_s: Callable[[], float] = (
+            asyncio.get_running_loop().time
+        )  # for events: the controller's time where that is another
         self.died = 0  # replicas that ended without being asked
         self._launcher, self._front, self._clocks, self._times = launcher, front, clocks, times or Times()
         self._load = load

@@ -1,7 +1,7 @@
 """``python -m powerd_integrations.simulated_service``: policies serve a trace on the node that ``POWERD_SIM_STATE`` names.
 
-House rules: every line on stdout is one JSON object that says it is simulated; one policy after the other, each on a node at rest,
-with the same requests; what controllers know of the load comes from before the trace.
+House rules: every line on stdout is one JSON object that says it is simulated; one policy after the other, each on a node at
+rest, with the same requests; what controllers know of the load comes from before the trace.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="powerd_integrations.simulated_service", description="A service, simulated.")
     parser.add_argument("--policies", default="singlepool,dynamollm", metavar="LIST")
     parser.add_argument("--trace", type=Path, help="CSV; default: the conversation trace that ships")
-    parser.add_argument("--begin", type=float, default=1800.0, metavar="S", help="where in the trace to begin; before is the past")
+    parser.add_argument(
+        "--begin", type=float, default=1800.0, metavar="S", help="where in the trace to begin; before is the past"
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="of the trace")
     parser.add_argument("--load", type=float, default=0.15, help="share of the trace's requests")
     parser.add_argument("--ttft", default="1.5,1.5,4", metavar="S,M,L", help="SLO of short, medium and long prompts, seconds")
@@ -73,10 +75,16 @@ def _serve_all(args: argparse.Namespace) -> int:
     trace = scale.scaled(part, args.load, args.seed)
     ttfts = dict(zip("SML", map(float, args.ttft.split(",")), strict=True))
     classes = Classes(slos={name: Slo(ttfts[name[0]], args.tbt) for name in NAMES})
-    fits = [row for row in zip(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, strict=True) if row[1] <= classes.context_limit]
+    fits = [
+        row
+        for row in zip(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, strict=True)
+        if row[1] <= classes.context_limit
+    ]
     requests = [Planned(float(at_s), int(prompt), int(output)) for at_s, prompt, output in fits]
     lengths = LengthTable.train(past.prompt_tokens, past.output_tokens, classes)
-    guesses = dict(zip(range(1, classes.context_limit + 1), lengths.tokens(range(1, classes.context_limit + 1)).tolist(), strict=True))
+    guesses = dict(
+        zip(range(1, classes.context_limit + 1), lengths.tokens(range(1, classes.context_limit + 1)).tolist(), strict=True)
+    )
     overheads = Overheads()
     setting = Setting(model, classes, requests, lambda prompt, most: min(most, guesses.get(prompt, most)), overheads.start_s())
     loop = clock.new_event_loop()
@@ -109,7 +117,11 @@ async def _rest(seconds: float) -> None:
 
 def _history(past: Any, classes: Classes) -> Iterable[Any]:
     """What was observed before the trace's time 0, in the controllers' time."""
-    return [(at_s - past.length_s, window_s, load) for at_s, window_s, load in observations(past, classes, 60.0) if at_s <= past.length_s]
+    return [
+        (at_s - past.length_s, window_s, load)
+        for at_s, window_s, load in observations(past, classes, 60.0)
+        if at_s <= past.length_s
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Starts engines in this process, on GPUs of the simulated node, behind HTTP servers of their own.
 
-House rules: a GPU belongs to one replica; a replica that starts holds its GPUs and draws what an idle context draws; nothing listens
-before it is ready, as with vLLM.
+House rules: a GPU belongs to one replica; a replica that starts holds its GPUs and draws what an idle context draws; nothing
+listens before it is ready, as with vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A trace replayed against a service over HTTP, and what each request's client saw of it.
 
-House rules: open loop: a request is sent when the trace says, whatever became of those before it; its class is of its true lengths;
-a request is within SLO when its first token came in time and 99 of 100 of its gaps between tokens kept theirs.
+House rules: open loop: a request is sent when the trace says, whatever became of those before it; its class is of its true
+lengths; a request is within SLO when its first token came in time and 99 of 100 of its gaps between tokens kept theirs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One policy serves one trace: front, replicas, controller and powerd together, from the first start to the last answer.
 
-House rules: the controller is told what a real one could know, and nothing of the trace to come; energy is powerd's, measured by
-windows around the replay; every sample is of one moment.
+House rules: the controller is told what a real one could know, and nothing of the trace to come; energy is powerd's, measured
+by windows around the replay; every sample is of one moment.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from powerd.client import Client
-from powerd_integrations.fleet.clocks import LeaseClocks, ReplicaClocks
+from powerd_integrations.fleet.clocks import Clocks, LeaseClocks, ReplicaClocks
 from powerd_integrations.fleet.front import Front, FrontOptions
-from powerd_integrations.fleet.reconfigure import Clocks, Reconfigurer, Times
+from powerd_integrations.fleet.reconfigure import Reconfigurer, Times
 from powerd_integrations.simulated_service.replicas import InProcess
 from powerd_integrations.simulated_service.requests import Planned, Seen, replay
 from powerd_policies.dynamollm.classes import Classes

@@ -182,7 +182,9 @@ class Engine:
         before = looks[0] if looks and looks[0][0] < now_s else None
         here = (now_s, self.arrived, self.arrived_tokens, self.tokens)
         looks.append(here)
-        rates = (None,) * 3 if before is None else tuple((b - a) / (now_s - before[0]) for a, b in zip(before, here, strict=True))[1:]
+        rates = (
+            (None,) * 3 if before is None else tuple((b - a) / (now_s - before[0]) for a, b in zip(before, here, strict=True))[1:]
+        )
         return InstanceLoad(
             requests_per_s=rates[0], prompt_tokens_per_s=rates[1], output_tokens_per_s=rates[2],
             running=decoding, queued=self.in_flight - decoding, queued_prompt_tokens=batch.queued_prompt_tokens,

@@ -29,7 +29,7 @@ def draw(paths: Sequence[Path], served: Sequence[Served], setting: dict[str, Any
                    label=policy.fleets)  # fmt: skip
         for axes, what in ((ttft, "ttft_s"), (tbt, "tbt_p99_s")):
             points = [(request["at_s"], request[what]) for request in policy.requests if request[what] is not None]
-            axes.plot([x for x, _ in points], [y for _, y in points], ".", color=color, markersize=3, alpha=0.6)
+            axes.plot([x for x, _ in points], [y for _, y in points], ".", color=color, markersize=3, alpha=0.6, rasterized=True)
     for event in served[-1].events:
         if event["kind"] == "reconfigured" and event["at_s"] > 0:
             clock.axvline(event["at_s"], color=COLORS[-1], linewidth=0.8, linestyle=":")

@@ -63,7 +63,7 @@ async def model_of(session: aiohttp.ClientSession, endpoint: str) -> str:
             body = await answer.json(content_type=None)
             return str(body["data"][0]["id"])
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise UnavailableError(f"{endpoint} does not answer: {error or type(error).__name__}") from None
+        raise UnavailableError(f"{endpoint} does not answer: {str(error) or type(error).__name__}") from None
     except (KeyError, IndexError, TypeError, ValueError):
         raise RequestError(f"{endpoint}/v1/models names no model", hint="give an OpenAI-compatible endpoint") from None
 

@@ -43,3 +43,22 @@ def test_http_engines_and_powerd_measure_what_the_cluster_simulator_computes() -
     assert sum(differ) / len(differ) < 0.02
     assert served["energy_low_j"] <= 1.01 * results.total_j
     assert served["energy_j"] == pytest.approx(results.total_j, rel=0.03)
+
+
+def test_the_daemon_holds_the_clocks_of_registered_replicas_and_nobody_is_lost() -> None:
+    with stage(8, "stepped", latency=0.0, fit_on=None, model="h100-sxm") as here:
+        words = ["--policies", "dynamollm", "--clocks", "daemon", "--seconds", "90", "--load", "0.1"]
+        child = here.start("service", "-m", "powerd_integrations.simulated_service", "--ask", *words)
+        ready = child.next(START_S)
+        here.go()
+        child.tell("go")
+        clocks = []
+        while "served" not in (message := child.next(60)):
+            clocks.append(message["clock_mhz"])
+        served = message["served"]
+        assert served["outcomes"] == {"answered": ready["requests"]}
+        assert min(clocks) < 1700, "the instance manager has lowered a clock by what it scraped"
+        assert sum(seen["within_slo"] for seen in served["seen"]) >= 0.98 * ready["requests"]
+        while "done" not in child.next(60):
+            pass
+        assert all(here.node.view(gpu).lock_max_mhz == 0 for gpu in range(8)), "nothing stays locked"

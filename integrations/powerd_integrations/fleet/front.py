@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from powerd_integrations.fleet import bodies
 from powerd_integrations.fleet.tally import Passed, Tally
+from powerd_integrations.fleet.waiting import Leash, Waiting
 from powerd_policies.dynamollm.classes import NAMES
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetPlan, InstanceState
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 PATHS: Final = ("/v1/completions", "/v1/chat/completions")
-PROMPT_HEADER: Final = "X-Prompt-Tokens"
 _NOT_PASSED: Final = frozenset({"host", "content-length", "connection", "transfer-encoding", "keep-alive", "accept-encoding"})
 
 
@@ -38,7 +38,8 @@ class FrontOptions:
     attempts: int = 4
     connect_timeout_s: float = 5.0
     silence_s: float | None = 120.0  # a stream that says nothing for longer is taken for dead
-    probe_s: float = 0.5
+    answer_s: float | None = 1800.0  # likewise an answer that is not a stream
+    probe_s: float = 0.5  # from a failure to the first look at /health, doubled with each failure in a row
     tokens_per_character: float = 0.25  # of a prompt that is text
     default_output_tokens: int = 256
 
@@ -46,9 +47,13 @@ class FrontOptions:
 class _BrokenError(Exception):
     """An engine failed a request that can go to another one; ``took``: it may have begun to compute it."""
 
-    def __init__(self, message: str, took: bool = True) -> None:
+    def __init__(self, message: str, took: bool = True, blame: bool = True) -> None:
         super().__init__(message)
-        self.took = took
+        self.took, self.blame = took, blame
+
+
+class _ShedError(Exception):
+    """The request has waited too long where others can still be served in time."""
 
 
 class Front:
@@ -77,6 +82,8 @@ class Front:
         self._plan = FleetPlan((), {})
         self._states: tuple[InstanceState, ...] = ()
         self._suspects: dict[str, asyncio.Task[None]] = {}
+        self._strikes: Counter[str] = Counter()
+        self._waiting = Waiting()
         self._changed = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
@@ -150,11 +157,13 @@ class Front:
     def suspect(self, replica: str) -> None:
         """Give a replica nothing until it is healthy again."""
         if replica not in self._suspects and replica in self._urls:
+            self._strikes[replica] += 1
             self._suspects[replica] = asyncio.get_running_loop().create_task(self._probe(replica))
             self._tell()
 
     async def _probe(self, replica: str) -> None:
-        await asyncio.sleep(self.options.probe_s)  # one that drains is healthy all along
+        # One that drains, or hangs, is healthy all along.
+        await asyncio.sleep(self.options.probe_s * 2 ** min(7, self._strikes[replica] - 1))
         while not await self.healthy(self._urls[replica]):
             await asyncio.sleep(self.options.probe_s)
         self._suspects.pop(replica, None)
@@ -177,16 +186,15 @@ class Front:
         from aiohttp import web
 
         loop = asyncio.get_running_loop()
-        raw = await request.read()
+        raw, options = await request.read(), self.options
         try:
-            body = json.loads(raw)
-            prompt_tokens, max_tokens = self._lengths(body, request.headers)
-        except (ValueError, UnicodeDecodeError, AttributeError, TypeError) as error:
+            body = bodies.read(raw, request.headers, options.tokens_per_character, options.default_output_tokens)
+        except ValueError as error:
             passed = Passed(None, 0, 0, loop.time())
             self.tally.arrived(passed)
-            return self._refuse(passed, 400, f"the body is not a request: {error}")
-        predicted = max(1, self._predict(prompt_tokens, max_tokens))
-        classes = self.router.classes
+            return self._refuse(passed, 400, str(error))
+        prompt_tokens, classes = body.prompt_tokens, self.router.classes
+        predicted = max(1, self._predict(prompt_tokens, body.max_tokens))
         passed = Passed(classes.name(prompt_tokens, predicted), prompt_tokens, predicted, loop.time())
         self.tally.arrived(passed)
         if passed.request_class is None:
@@ -200,9 +208,10 @@ class Front:
                     patience.reschedule(None)
                     passed.replica = replica
                     try:
-                        return await self._pass(request, raw, passed, replica)
+                        return await self._pass(request, raw, body, passed, replica)
                     except _BrokenError as error:
-                        self.suspect(replica)
+                        if error.blame:
+                            self.suspect(replica)
                         self.tally.retried += 1
                         if error.took:  # refusals cost nothing: they are only bounded by the time that a request may wait
                             passed.attempts, deadline_s = passed.attempts + 1, loop.time() + self.options.queue_timeout_s
@@ -221,18 +230,8 @@ class Front:
             raise
         except PromptTooLongError as error:
             return self._refuse(passed, 400, str(error))
-
-    def _lengths(self, body: Any, headers: Mapping[str, str]) -> tuple[int, int]:
-        asked = body.get("max_completion_tokens") or body.get("max_tokens") or self.options.default_output_tokens
-        if declared := headers.get(PROMPT_HEADER):
-            return max(1, int(declared)), int(asked)
-        prompt = body.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (list, str)):
-            prompt = prompt[0]
-        if isinstance(prompt, list):
-            return max(1, len(prompt)), int(asked)
-        text = prompt if isinstance(prompt, str) else json.dumps([m.get("content") for m in body.get("messages", [])])
-        return max(1, math.ceil(len(text) * self.options.tokens_per_character)), int(asked)
+        except _ShedError as error:
+            return self._refuse(passed, 503, str(error))
 
     async def _choose(self, prompt_tokens: int, size: int) -> str:
         while True:
@@ -241,37 +240,57 @@ class Front:
                 return replica
             await changed.wait()
 
-    async def _pass(self, request: web.Request, raw: bytes, passed: Passed, replica: str) -> web.StreamResponse:
+    def rescue(self, plan: FleetPlan) -> tuple[int, int]:
+        """Do what a plan wants of requests without a token: (sent elsewhere, rejected)."""
+        return self._waiting.rescue(plan, asyncio.get_running_loop().time())
+
+    async def _pass(
+        self, request: web.Request, raw: bytes, body: bodies.Read, passed: Passed, replica: str
+    ) -> web.StreamResponse:
         """Pass a request on to one replica; _BrokenError as long as the client has not been told anything."""
         import aiohttp
 
-        assert self._session is not None, "the front has not begun"
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _NOT_PASSED}
         self.tally.at[replica] += 1
         response: web.StreamResponse | None = None
+        leash: Leash | None = None
         try:
-            async with self._session.post(self._urls[replica] + request.path, data=raw, headers=headers) as answer:
-                if answer.status >= 500:
-                    raise _BrokenError(f"{replica} answered {answer.status}", took=answer.status != 503)
-                async for piece in self._pieces(answer):
-                    if response is None:
-                        self._first(passed, replica)
-                        response = await _begin(request, answer)
-                    passed.chunks += 1
-                    await response.write(piece)
+            async with asyncio.timeout(None) as timeout:
+                # Of an answer that comes whole nobody knows whether it has begun: it stays where it is.
+                leash = self._waiting.hold(replica, passed, timeout) if body.stream else None
+                async with await self._post(self._urls[replica] + request.path, raw, headers, body.stream) as answer:
+                    if answer.status >= 500:
+                        raise _BrokenError(f"{replica} answered {answer.status}", took=answer.status != 503)
+                    async for piece in self._pieces(answer):
+                        if response is None:
+                            self._first(passed, replica)
+                            response = await _begin(request, answer)
+                        passed.chunks += 1
+                        await response.write(piece)
             if response is None:
                 raise _BrokenError(f"{replica} answered nothing")
             self._end(passed, "answered" if answer.status < 400 else "rejected")
+            self._strikes.pop(replica, None)
             await response.write_eof()
             return response
         except (aiohttp.ClientError, OSError, TimeoutError, KeyError) as error:
             if request.transport is None or request.transport.is_closing():
                 raise asyncio.CancelledError from error
+            if leash is not None and leash.call == "shed":
+                raise _ShedError(f"waited too long at {replica}: overload") from None
+            if leash is not None and leash.call == "resteer":
+                raise _BrokenError("called back", took=False, blame=False) from None
             if response is None:
-                raise _BrokenError(f"{replica}: {error or type(error).__name__}") from error
+                raise _BrokenError(f"{replica}: {str(error) or type(error).__name__}") from error
             return await self._broke_off(passed, response, replica, error)
         finally:
             self._left(passed, replica)
+
+    async def _post(self, url: str, raw: bytes, headers: Mapping[str, str], stream: bool) -> aiohttp.ClientResponse:
+        """Send it and wait for the answer's head: of a stream that comes at once, else with the whole answer."""
+        assert self._session is not None, "the front has not begun"
+        async with asyncio.timeout(self.options.silence_s if stream else self.options.answer_s):
+            return await self._session.post(url, data=raw, headers=headers)
 
     async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """What an engine says; a whole answer is kept back until it is whole, so that it can be asked for elsewhere."""
@@ -298,10 +317,9 @@ class Front:
         """The engine is gone in mid-answer: the client is told, in the way of a stream."""
         self.suspect(replica)
         self._end(passed, "failed")
-        message = f"the engine failed in mid-answer ({error or type(error).__name__}); tokens so far are valid"
-        event = {"error": {"message": message, "type": "internal_error", "param": None, "code": 502}}
+        message = f"the engine failed in mid-answer ({str(error) or type(error).__name__}); tokens so far are valid"
         with contextlib.suppress(OSError):
-            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await response.write(bodies.broken_stream(message))
             await response.write_eof()
         return response
 
@@ -309,9 +327,11 @@ class Front:
 
     def _first(self, passed: Passed, replica: str) -> None:
         passed.first_s = asyncio.get_running_loop().time()
+        self._waiting.let_go(replica, passed)
         self.router.first_token(replica, passed.prompt_tokens)
 
     def _left(self, passed: Passed, replica: str) -> None:
+        self._waiting.let_go(replica, passed)
         (self.router.finished(replica) if passed.first_s is not None else self.router.abandoned(replica, passed.prompt_tokens))
         self.tally.at[replica] -= 1
         if not self.tally.at[replica]:
@@ -362,8 +382,4 @@ async def _begin(request: web.Request, answer: aiohttp.ClientResponse) -> web.St
 def _error(status: int, message: str) -> web.Response:
     from aiohttp import web
 
-    kind = "invalid_request_error" if status < 500 else "service_unavailable"
-    headers = {"Retry-After": "1"} if status == 503 else {}
-    return web.json_response(
-        {"error": {"message": message, "type": kind, "param": None, "code": status}}, status=status, headers=headers
-    )
+    return web.json_response(bodies.error(status, message), status=status, headers={"Retry-After": "1"} if status == 503 else {})

@@ -134,6 +134,9 @@ class Reconfigurer:
         A plan that comes while a change is under way sets clocks only; its shape counts when it is wanted again.
         """
         self.events.extend(plan.events)
+        moved, rejected = self._front.rescue(plan)
+        if moved or rejected:
+            self._note("emergency", "fleet", f"{moved} waiting requests are sent elsewhere, {rejected} are rejected")
         for want in plan.instances:
             replica = self.replicas.get(want.id or "")
             if replica is not None and replica.phase is Phase.SERVING and replica.want.clock_mhz != want.clock_mhz:

@@ -33,6 +33,7 @@ class Passed:
     outcome: Outcome | None = None
     replica: str = ""
     attempts: int = 0
+    moved: bool = False  # called back once, in an emergency
     first_s: float | None = None
     ended_s: float | None = None
     chunks: int = 0

@@ -53,7 +53,7 @@ class Local:
         ill = self.ills.pop(0) if self.ills else ""
         self.started.append(id_)
         engine = Engine(Options(MODEL, tp), SimulatedGpus(self.node, gpus))
-        faults = (Fault(ill),) if ill == "unhealthy" else ()
+        faults = (Fault(ill, 20),) if ill in ("unhealthy", "hang") else ()
         server = Server(engine, faults=faults)
         await engine.__aenter__()
         await server.__aenter__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -149,7 +150,9 @@ def test_a_replica_that_is_killed_is_started_anew(node: nodes.SimNode) -> None:
         await asyncio.sleep(3)
         victim = next(iter(rig.fleet.replicas))
         await rig.launcher.kill(victim)
-        while victim in rig.fleet.replicas or len(rig.fleet.replicas) < 2 or any(s.phase != "serving" for s in rig.fleet.states()):
+        while (
+            victim in rig.fleet.replicas or len(rig.fleet.replicas) < 2 or any(s.phase != "serving" for s in rig.fleet.states())
+        ):
             await asyncio.sleep(0.2)
         await load
         await all_answered(rig)
@@ -175,6 +178,51 @@ def test_nobody_to_serve_is_said_in_time_and_too_long_at_once(node: nodes.SimNod
         assert rig.front.tally.outcomes == {"rejected": 2}
 
     run(node, body, queue_timeout_s=2.0)
+
+
+def test_an_engine_that_falls_silent_is_left_alone(node: nodes.SimNode) -> None:
+    async def body(rig: Rig) -> None:
+        rig.launcher.ills = ["hang"]
+        await rig.fleet.apply(plan(("all", 2), ("all", 2)))
+        answer = await rig.ask()
+        assert not answer.complete
+        assert 10 < answer.tokens < 40
+        answers = [await rig.ask(tokens=5) for _ in range(3)]
+        assert all(a.complete for a in answers), "until it is healthy again for longer and longer, others get the requests"
+        assert rig.front.tally.outcomes == {"failed": 1, "answered": 3}
+
+    run(node, body, silence_s=3.0, probe_s=60.0)
+
+
+def test_in_an_emergency_waiting_requests_go_elsewhere_or_are_rejected(node: nodes.SimNode) -> None:
+    async def body(rig: Rig) -> None:
+        await rig.fleet.apply(plan(("all", 2)))
+        (full,) = rig.fleet.replicas
+        waiting = [rig.ask(tokens=5, prompt=4000) for _ in range(12)]
+        wanted = plan(("all", 2), ("all", 2))
+        assert (await rig.fleet.apply(wanted)).ok
+        named = replace(
+            wanted, instances=tuple(replace(w, id=i) for w, i in zip(wanted.instances, rig.fleet.replicas, strict=True))
+        )
+        before = rig.front.in_flight(full)
+        assert before > 8
+        await rig.fleet.follow(replace(named, resteered=frozenset({full})))
+        while rig.front.in_flight(full) == before:
+            await asyncio.sleep(0.05)
+        assert rig.front.tally.retried >= before - 1
+        assert "emergency" in kinds(rig)
+        assert all(answer.complete for answer in await asyncio.gather(*waiting))
+        late = [rig.ask(tokens=5, prompt=4000) for _ in range(16)]
+        await asyncio.sleep(2)
+        await rig.fleet.follow(replace(named, shed=dict.fromkeys(rig.fleet.replicas, 1.0)))
+        answers = await asyncio.gather(*late)
+        shed = [a for a in answers if a.status == 503]
+        assert shed
+        assert all("waited too long" in a.error for a in shed)
+        assert all(a.complete for a in answers if a.status != 503), "who had a token keeps its answer"
+        assert rig.front.tally.outcomes == {"answered": 28 - len(shed), "rejected": len(shed)}
+
+    run(node, body)
 
 
 def test_arrivals_are_counted_by_class_with_their_tokens(node: nodes.SimNode) -> None:

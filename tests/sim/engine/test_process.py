@@ -141,6 +141,23 @@ def test_what_cannot_be_is_said(node: nodes.SimNode, words: list[str], message: 
     assert done.stderr.count("\n") == 1
 
 
+def test_an_engine_that_is_asked_to_die_does(node: nodes.SimNode) -> None:
+    words = [*COMMAND, "--gpus", "2,3", "--tp", "2", "--fault", "die:30", "--fault", "garbage-metrics"]
+
+    async def body(url: str) -> None:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{url}/metrics") as page:
+                assert "vllm:num_requests_running{ nan" in (await page.read()).decode(errors="replace")
+            with pytest.raises(aiohttp.ClientError):
+                await ask(session, url, 100, 10, stream=True)
+
+    with subprocess.Popen(words, env={**os.environ, **node.env()}, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        asyncio.run(body(json.loads(process.stdout.readline())["url"]))
+        assert process.wait(20) == -signal.SIGKILL
+    assert node.view(2).processes == 0, "its GPUs are free at once"
+
+
 def test_a_fleet_of_processes_survives_kill_minus_nine(node: nodes.SimNode) -> None:
     async def body() -> None:
         launcher = CommandLauncher(["0", "1", "2", "3"], MODEL.name, SIMULATED, env=node.env(), drain_s=100)

@@ -151,7 +151,7 @@ def plan(*instances: tuple[str, int], clock_mhz: int = 1980, pools: tuple[str, .
     return FleetPlan(tuple(InstanceWant(None, pool, tp, clock_mhz) for pool, tp in instances), dict.fromkeys(NAMES, names))
 
 
-def run(node: SimNode, body: Callable[[Rig], Awaitable[None]], **options: Any) -> None:
+def run(node: SimNode, body: Callable[[Rig], Awaitable[None]], start_s: float = 100.0, **options: Any) -> None:
     """Run a test's body on a loop of the node's clock."""
     node.load()
 
@@ -160,7 +160,7 @@ def run(node: SimNode, body: Callable[[Rig], Awaitable[None]], **options: Any) -
             session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
             front = await stack.enter_async_context(Front(MODEL, FrontOptions(**{"queue_timeout_s": 300.0, **options})))
             launcher = Local(node)
-            fleet = Reconfigurer(launcher, front, times=Times(start_s=10, drain_s=120, stop_s=30, probe_s=0.2, retry_s=0.5))
+            fleet = Reconfigurer(launcher, front, times=Times(start_s=start_s, drain_s=120, stop_s=30, probe_s=0.2, retry_s=0.5))
             try:
                 await body(Rig(launcher, front, fleet, session))
             finally:

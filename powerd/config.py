@@ -11,11 +11,11 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from powerd.errors import ConfigError
 
@@ -170,6 +170,8 @@ class ReplicasConfig:
 class StaticReplica:
     """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
 
+    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s")
+
     name: str = knob("", "its name on this node")
     pool: str = knob("", "the pool of alike replicas that it belongs to")
     gpus: tuple[str, ...] = knob((), "UUIDs of its GPUs")
@@ -196,12 +198,12 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     influx: InfluxConfig = field(default_factory=InfluxConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
-    replica: tuple[StaticReplica, ...] = ()
+    replica: tuple[StaticReplica, ...] = field(default=(), metadata={"rows": StaticReplica})
 
 
 def sections() -> list[str]:
     """The names of the ``[sections]``; ``[[replica]]`` is a list of its own."""
-    return [f.name for f in fields(Config) if f.name != "replica"]
+    return [f.name for f in fields(Config) if "rows" not in f.metadata]
 
 
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:
@@ -289,24 +291,45 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
     return value
 
 
-def lay(text: str, file: str, base: T, tables: Mapping[str, Callable[[T, list[Any], str, str], T]] | None = None) -> T:
-    """Check one TOML text and lay it over ``base``, a dataclass of sections whose keys are fields with metadata as here.
+def _rows(kind: Any, section: str, rows: list[Any], text: str, file: str, before: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The ``[[section]]`` tables of one file after those of earlier ones; nobody's name is taken twice."""
+    hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    head = re.compile(rf"\s*\[\[\s*[\"']?{re.escape(section)}[\"']?\s*\]\]")
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if head.match(line)]
+    found = list(before)
+    for number, row in enumerate(rows):
+        at = f"{file}:{starts[number] if number < len(starts) else 1}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{at}: {section} has to be a table", hint=f"[[{section}]]")
+        for key in row:
+            if key not in known:
+                raise ConfigError(f"{at}: unknown key {section}.{key}", hint=_nearest(key, known))
+        if missing := [key for key in kind.NEEDED if not row.get(key)]:
+            raise ConfigError(f"{at}: {section} without {', '.join(missing)}")
+        made = kind(**{k: _check(f"{at}: {section}.{k}", v, hints[k], known[k].metadata) for k, v in row.items()})
+        if any(made.name == other.name for other in found):
+            raise ConfigError(f"{at}: {section} {made.name!r} is there twice")
+        found.append(made)
+    return tuple(found)
 
-    ``tables`` lay ``[[NAME]]`` over it: from what there is, the rows, the text and the file's name.
-    """
+
+def lay(text: str, file: str, base: T) -> T:
+    """Check one TOML text and lay it over ``base``, a dataclass of sections whose keys are fields with metadata as here."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
-    config, tables = base, tables or {}
-    known_sections = {f.name: f for f in fields(base) if f.name not in tables}
+    config = base
+    known_sections = [f.name for f in fields(base) if "rows" not in f.metadata]
+    lists = {f.name: f.metadata["rows"] for f in fields(base) if "rows" in f.metadata}
     for section, content in data.items():
-        if section in tables and isinstance(content, list):
-            config = tables[section](config, content, text, file)
+        if section in lists and isinstance(content, list):
+            found = _rows(lists[section], section, content, text, file, getattr(config, section))
+            config = replace(config, **{section: found})
             continue
         if section not in known_sections or not isinstance(content, dict):
             at = f"{file}:{_line_of(text, section, '')}"
-            hint = f"[[{section}]], once for each" if section in tables else _nearest(section, known_sections)
+            hint = f"[[{section}]], once for each" if section in lists else _nearest(section, known_sections)
             raise ConfigError(f"{at}: unknown section or key {section!r}", hint=hint)
         current = getattr(config, section)
         hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
@@ -322,7 +345,7 @@ def lay(text: str, file: str, base: T, tables: Mapping[str, Callable[[T, list[An
 
 def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> Config:
     """Check one TOML text and lay it over ``base`` (default: all defaults); ConfigError names file, line and remedy."""
-    config = lay(text, file, base or Config(), {"replica": _lay_replicas})
+    config = lay(text, file, base or Config())
     for name, low, high in (
         ("limits", "power_limit_min_w", "power_limit_max_w"), ("limits", "sm_clock_min_mhz", "sm_clock_max_mhz"),
         ("limits", "memory_clock_min_mhz", "memory_clock_max_mhz"), ("baseline", "sm_clock_min_mhz", "sm_clock_max_mhz"),
@@ -332,33 +355,6 @@ def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> C
         if b and a > b:
             raise ConfigError(f"{file}: {name}.{low} {a:g} is above {name}.{high} {b:g}")
     return config
-
-
-def _lay_replicas(config: Config, rows: list[Any], text: str, file: str) -> Config:
-    return replace(config, replica=(*config.replica, *_static_replicas(rows, text, file, config.replica)))
-
-
-def _static_replicas(rows: list[Any], text: str, file: str, before: tuple[StaticReplica, ...]) -> list[StaticReplica]:
-    """The ``[[replica]]`` tables of one file; nobody's name is taken twice."""
-    hints, known = get_type_hints(StaticReplica), {f.name: f for f in fields(StaticReplica)}
-    starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*[\"']?replica[\"']?\s*\]\]", line)]
-    taken, found = {r.name for r in before}, []
-    for number, row in enumerate(rows):
-        at = f"{file}:{starts[number] if number < len(starts) else 1}"
-        if not isinstance(row, dict):
-            raise ConfigError(f"{at}: replica has to be a table", hint="[[replica]]")
-        for key in row:
-            if key not in known:
-                raise ConfigError(f"{at}: unknown key replica.{key}", hint=_nearest(key, known))
-        if missing := [key for key in ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s") if not row.get(key)]:
-            raise ConfigError(f"{at}: replica without {', '.join(missing)}")
-        values = {k: _check(f"{at}: replica.{k}", v, hints[k], known[k].metadata) for k, v in row.items()}
-        replica = StaticReplica(**values)
-        if replica.name in taken:
-            raise ConfigError(f"{at}: replica {replica.name!r} is there twice")
-        taken.add(replica.name)
-        found.append(replica)
-    return found
 
 
 def _read(path: Path, trusted: bool) -> str:

@@ -22,6 +22,7 @@ from powerd.policytable import Slo, instance_policy
 from powerd.replicatypes import ReplicaRequest, ReplicaView
 from powerd.scrape import NoPageError, Reader, source_of
 
+_ALIVE = (Health.UP, Health.SUSPECT)
 _IN_A_THREAD = 1 << 18  # characters: parsing more takes longer than a tick may
 
 
@@ -38,7 +39,7 @@ class Joules:
 
     def observe(self, snapshot: Snapshot | None) -> None:
         """Take the newest snapshot."""
-        readings = [] if snapshot is None else [r for r in snapshot.readings if r.uuid in self._gpus and r.health is Health.UP]
+        readings = [] if snapshot is None else [r for r in snapshot.readings if r.uuid in self._gpus and r.health in _ALIVE]
         for reading in readings:
             if reading.energy_mj is None:
                 continue
@@ -67,12 +68,12 @@ class Replica:
 
     def __init__(
         self, request: ReplicaRequest, uid: int, clocks_mhz: Sequence[int], clock: Clock, config: ReplicasConfig,
-        snapshot: Callable[[], Snapshot | None],
+        snapshot: Callable[[], Snapshot | None], remark: str = "",
     ) -> None:  # fmt: skip
         self.request = request
         self.lease: str | None = None
         self.figures: Figures | None = None
-        self.note = ""
+        self.note = self._remark = remark
         self.joules = Joules(request.gpus)
         self.on_ceiling: Callable[[Replica, Ceiling], None] = lambda replica, ceiling: None
         self.on_change: Callable[[Replica, Change], None] = lambda replica, change: None
@@ -105,7 +106,10 @@ class Replica:
         try:
             while True:
                 began_ns = self._clock.now_ns()
-                await self.look()
+                try:
+                    await self.look()
+                except Exception as error:  # of those who were told; the page's own troubles end in full clock
+                    log("replica_failed", replica=self.request.name, why=repr(error))
                 left_s = self._config.scrape_s - seconds(self._clock.now_ns() - began_ns)
                 await asyncio.sleep(max(left_s, self._config.scrape_s / 10))
         finally:
@@ -122,7 +126,8 @@ class Replica:
             if before is State.STALE and self._good_ns is not None and now_ns - self._good_ns > self._config.window_s * NS:
                 self._window.clear()
             figures = self._window.add(now_ns, page)
-            self._good_ns, self.figures, self.note = now_ns, figures, between_edges(page, self.request.slo)
+            said = (self._remark, between_edges(page, self.request.slo))
+            self._good_ns, self.figures, self.note = now_ns, figures, "; ".join(s for s in said if s)
             ceiling = self.governor.good(seconds(now_ns), figures)
         except NoPageError as error:
             problem = str(error)

@@ -27,7 +27,7 @@ from powerd.cli import (
     run,
     status,
     sweep,
-)  # fmt: skip
+)
 from powerd.cli.context import Options, note
 from powerd.errors import EXIT_FAILURE, EXIT_USAGE, PowerdError
 

@@ -14,6 +14,7 @@ import psutil
 
 from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
+from benchmarks.autoscaler import autoscaler
 from benchmarks.beats import beats
 from benchmarks.clock_search import search_clocks
 from benchmarks.cluster import cluster
@@ -310,4 +311,5 @@ CASES = {
     "host": host,
     "savings": savings,
     "cluster": cluster,
+    "autoscaler": autoscaler,
 }

@@ -17,6 +17,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.rayenv import ROOT, ray_python, source_path
 
 JOBS = Path(__file__).parent / "jobs"
+LOOPBACK = Path(__file__).parent / "loopback"
 GPUS = 8
 MODEL = ROOT / "policies" / "profiles" / "llm" / "llama2-70b_h100.engine.csv"
 TTFT_S, TBT_S = 4.0, 1.0  # of two shared cores, not of an H100
@@ -41,7 +44,6 @@ FLEET = """\
 [planner]
 gpus = {gpus}
 engine_model = "{model}"
-window_s = 4.0
 stale_after_s = 4.0
 gone_after_s = 6.0
 tick_s = 0.2
@@ -86,11 +88,14 @@ class Follower:
 
     def __init__(self) -> None:
         self.tp = 2
+        self.at_least = 1
+        self._seen: deque[tuple[float, int]] = deque(maxlen=10)  # four seconds
 
     def decide(self, state: FleetState) -> FleetPlan:
         """As many replicas as the last seconds' requests need, at least one."""
-        rate = sum(load.requests for load in state.arrivals.values()) / state.window_s
-        count = max(1, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))
+        self._seen.append((state.window_s, sum(load.requests for load in state.arrivals.values())))
+        rate = sum(n for _, n in self._seen) / sum(window_s for window_s, _ in self._seen)
+        count = max(self.at_least, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))
         wants = tuple(InstanceWant(None, "all", self.tp, 1980) for _ in range(count))
         return FleetPlan(wants, dict.fromkeys(NAMES, ("all",)))
 
@@ -129,8 +134,7 @@ class Service:
             planner_port = free_port()
             config.write_text(self._toml(planner_port))
             settings = configured.load(config)
-            groups = [row.group for row in settings.groups]
-            self.planner = LivePlanner(self.controller, settings.options, groups=groups)
+            self.planner = LivePlanner(self.controller, settings.options, groups=settings.bounds)
             self._server = PlannerServer(("127.0.0.1", planner_port), self.planner)
             threading.Thread(target=self._server.serve_forever, daemon=True).start()
             threading.Thread(target=self.planner.run, args=(self._stop,), daemon=True).start()
@@ -140,11 +144,11 @@ class Service:
                     str(ray_python()),
                     str(JOBS / "serve_job.py"),
                     str(config),
-                    str(self.live.root / "r"),
+                    str(self.live.root / "ry"),
                     str(self.port),
                     str(GPUS),
                 ]
-                env = {**self.live.env, "PYTHONPATH": source_path()}
+                env = {**self.live.env, "PYTHONPATH": f"{LOOPBACK}{os.pathsep}{source_path()}"}
                 self._ray = subprocess.Popen(argv, env=env, cwd=self.live.root, text=True, stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # fmt: skip
             assert self._hear()["ready"]
@@ -213,6 +217,17 @@ class Service:
         for number in range(int(rate * seconds)):
             threading.Event().wait(max(0.0, begun + number / rate - time.monotonic()))
             sent.append(self.send(tokens))
+        threading.Event().wait(max(0.0, begun + seconds - time.monotonic()))
+        return sent
+
+    def load_until(
+        self, done: Callable[[], bool], rate: float, tokens: int = 20, at_most_s: float = 40.0
+    ) -> list[Future[Outcome]]:
+        """Send ``rate`` requests a second until something is so; AssertionError when it does not come."""
+        sent, end_s = [], time.monotonic() + at_most_s
+        while not done():
+            assert time.monotonic() < end_s, f"not within {at_most_s:g} s: {self.serving()}, {self.log.read_text()[-3000:]}"
+            sent += self.run_load(rate, 0.5, tokens)
         return sent
 
     def _request(self, number: int, tokens: int, prompt: int) -> Outcome:
@@ -266,7 +281,7 @@ class Service:
 
     def ray_pids(self) -> list[int]:
         """Every process of this service's Ray, by the folder that it was told to use."""
-        mark, found = str(self.live.root / "r").encode(), []
+        mark, found = str(self.live.root / "ry").encode(), []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:

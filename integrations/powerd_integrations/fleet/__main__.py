@@ -44,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.file}: {policy.name} every {policy.period_s:g} s over {', '.join(str(g.group) for g in settings.groups)}")
         return 0
     plan_file = Path(settings.planner.plan_file) if settings.planner.plan_file else None
-    groups = [row.group for row in settings.groups]
-    planner = LivePlanner(policy, settings.options, plan_file=plan_file, groups=groups)
-    targets = Targets([(row.group, row.targets) for row in settings.groups], planner.add_instances)
+    planner = LivePlanner(policy, settings.options, plan_file=plan_file, groups=settings.bounds)
+    count = planner.add_arrivals if settings.planner.arrivals == "engines" else None
+    targets = Targets([(row.group, row.targets) for row in settings.groups], planner.add_instances, count=count)
     server = PlannerServer(address, planner, token)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=server.serve_forever, name="powerd-fleet-http", daemon=True).start()
-    scraper = Periodic(targets.scrape, 1.0, "powerd-fleet-scrape") if targets else None
+    scraper = Periodic(targets.look, 1.0, "powerd-fleet-scrape") if targets else None
     print(f"powerd-fleet: {policy.name} on http://{address[0]}:{server.server_address[1]}", flush=True)
     planner.run(stop)
     if scraper is not None:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def controller(settings: FleetSettings) -> FleetController:
     """Build the policy that the file names."""
-    from powerd_integrations.fleet.policy import build  # type: ignore
+    from powerd_integrations.fleet.policy import build
 
     return build(settings)
 

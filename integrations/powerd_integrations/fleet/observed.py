@@ -6,7 +6,6 @@ is sent; reports are bounded, so that nobody can fill the planner's memory; noth
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, get_args
@@ -35,12 +34,12 @@ class Arrivals:
 
 
 class Observations:
-    """Arrivals over a sliding window, and the newest report of each instance."""
+    """Arrivals since a controller last looked, and the newest report of each instance."""
 
-    def __init__(self, window_s: float = 60.0, gone_after_s: float = 15.0) -> None:
-        self.window_s = window_s
+    def __init__(self, now_s: float, gone_after_s: float = 15.0) -> None:
         self.gone_after_s = gone_after_s
-        self._arrivals: deque[tuple[float, Mapping[str, ClassLoad]]] = deque()
+        self._since_s = now_s
+        self._arrived: dict[str, ClassLoad] = {}
         self._routers: dict[str, tuple[int, float]] = {}
         self._instances: dict[str, tuple[float, InstanceState]] = {}
 
@@ -52,9 +51,18 @@ class Observations:
         if last is None and len(self._routers) >= MAX_ROUTERS:
             self._routers.pop(min(self._routers, key=lambda name: self._routers[name][1]))
         self._routers[report.router] = (report.sequence, now_s)
-        if report.classes:
-            self._arrivals.append((now_s, report.classes))
+        for name, load in report.classes.items():
+            had = self._arrived.get(name, ClassLoad())
+            self._arrived[name] = ClassLoad(
+                had.requests + load.requests,
+                had.prompt_tokens + load.prompt_tokens,
+                had.output_tokens + load.output_tokens,
+            )
         return True
+
+    def forget_arrivals(self, now_s: float) -> None:
+        """Begin a new window: what was seen until now is no whole picture."""
+        self._since_s, self._arrived = now_s, {}
 
     def add_instances(self, states: Iterable[InstanceState], now_s: float) -> None:
         """Take what instances say of themselves; ``load.age_s`` is how old it was when it was sent."""
@@ -85,25 +93,15 @@ class Observations:
         )
 
     def state(self, now_s: float, gpus: int) -> FleetState:
-        """Return the fleet as a controller sees it."""
+        """Return the fleet as a controller sees it, with what arrived since it was asked for last; the next window begins."""
         self._forget(now_s)
         instances = tuple(
             replace(state, load=replace(state.load, age_s=max(0.0, now_s - at)))
             for _, (at, state) in sorted(self._instances.items())
         )
-        return FleetState(now_s, self.window_s, instances, self._window(now_s), gpus)
-
-    def _window(self, now_s: float) -> dict[str, ClassLoad]:
-        while self._arrivals and self._arrivals[0][0] <= now_s - self.window_s:
-            self._arrivals.popleft()
-        total = {name: [0, 0, 0] for name in NAMES}
-        for _, classes in self._arrivals:
-            for name, load in classes.items():
-                row = total[name]
-                row[0] += load.requests
-                row[1] += load.prompt_tokens
-                row[2] += load.output_tokens
-        return {name: ClassLoad(*row) for name, row in total.items()}
+        window_s, arrived = now_s - self._since_s, self._arrived
+        self.forget_arrivals(now_s)
+        return FleetState(now_s, window_s, instances, {name: arrived.get(name, ClassLoad()) for name in NAMES}, gpus)
 
     def _forget(self, now_s: float) -> None:
         for name in [name for name, (at, _) in self._instances.items() if now_s - at > self.gone_after_s]:

@@ -30,7 +30,6 @@ class PlannerOptions:
     """How a planner looks at its fleet; seconds."""
 
     limits: handover.Limits
-    window_s: float = 60.0
     stale_after_s: float = 10.0  # input older than this is stale
     gone_after_s: float = 15.0  # an instance that has not reported for so long does not exist
     tick_s: float = 1.0
@@ -60,17 +59,19 @@ class LivePlanner:
         options: PlannerOptions,
         *,
         plan_file: Path | None = None,
-        groups: Iterable[Group] = (),
+        groups: Mapping[Group, tuple[int, int]],
         now_s: Callable[[], float] = time.monotonic,
         unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._controller = controller
         self._options = options
         self._file = plan_file
-        self._groups = frozenset(groups)  # known to an autoscaler: named in every plan, with 0 when nothing is wanted
+        # Least and most replicas of each group that an autoscaler knows: every plan names them, also with 0.
+        self._groups = dict(groups)
+        self._nobodys: frozenset[Group] = frozenset()  # wanted, and no group of ours
         self._now_s, self._unix_s = now_s, unix_s
         self._lock = threading.Lock()
-        self._seen = Observations(options.window_s, options.gone_after_s)
+        self._seen = Observations(now_s(), options.gone_after_s)
         self._requests: Counter[str] = Counter()
         self._events: deque[FleetEvent] = deque(maxlen=KEPT_EVENTS)
         self._handover = handover.Handover(desired=dict.fromkeys(self._groups, 0))
@@ -142,6 +143,8 @@ class LivePlanner:
         now_s = self._now_s()
         with self._lock:
             held = self._why_held(now_s)
+            if held and self._wanted is not None:
+                self._seen.forget_arrivals(now_s)
             frozen = bool(held) or self._seen.oldest_report_s(now_s) > self._options.stale_after_s
             serving = self._seen.serving(now_s)
             due = self._wanted is None or now_s - self._last_try_s >= self._controller.period_s
@@ -186,6 +189,11 @@ class LivePlanner:
             raise ValueError(f"a plan with tensor parallelism {unknown}")
         self._wanted, self._decided_s, self._decided_unix_s = plan, now_s, self._unix_s()
         self._note(plan.events)
+        nobodys = frozenset(Group(want.pool, want.tp) for want in plan.instances) - self._groups.keys()
+        if nobodys - self._nobodys:
+            named = ", ".join(map(str, sorted(nobodys)))
+            self._note([FleetEvent(now_s, "infeasible", self._controller.name, f"{named}: wanted, but no group of this fleet")])
+        self._nobodys = nobodys
 
     def _note(self, events: Iterable[FleetEvent]) -> None:
         with self._lock:
@@ -228,10 +236,7 @@ class LivePlanner:
         return plan
 
 
-def _wanted(plan: FleetPlan, groups: frozenset[Group]) -> handover.Wanted:
-    """Count the wanted instances by group."""
-    counts = dict.fromkeys(groups, 0)
-    for want in plan.instances:
-        group = Group(want.pool, want.tp)
-        counts[group] = counts.get(group, 0) + 1
-    return handover.Wanted(counts, plan.routes)
+def _wanted(plan: FleetPlan, groups: Mapping[Group, tuple[int, int]]) -> handover.Wanted:
+    """Count the wanted instances by group, within the bounds that the autoscaler has; what is no group is nobody's to start."""
+    counts = Counter(Group(want.pool, want.tp) for want in plan.instances)
+    return handover.Wanted({group: min(most, max(least, counts[group])) for group, (least, most) in groups.items()}, plan.routes)

@@ -154,12 +154,14 @@ class PlanFile:
 
 
 class PlanMirror:
-    """Fetches the plan from a planner over HTTP in a thread of its own; whoever reads never waits for it."""
+    """Keeps the newest plan of a planner's URL or file in memory, read in a thread of its own: who asks never waits for it."""
 
-    def __init__(self, url: str, period_s: float = 0.5) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"a planner's URL begins with http:// or https://, not {url!r}")
-        self._url = url.rstrip("/") + "/v1/plan"
+    def __init__(self, where: str | os.PathLike[str], period_s: float = 0.5) -> None:
+        place = os.fspath(where)
+        if "://" in place and not place.startswith(("http://", "https://")):
+            raise ValueError(f"a planner's URL begins with http:// or https://, not {place!r}")
+        self._url = place.rstrip("/") + "/v1/plan" if "://" in place else ""
+        self._file = PlanFile(place)
         self._period_s = period_s
         self._plan: PublishedPlan | None = None
         self._stop = threading.Event()
@@ -172,24 +174,25 @@ class PlanMirror:
         return self._plan
 
     def close(self) -> None:
-        """Stop fetching; the last plan stays."""
+        """Stop reading; the last plan stays."""
         self._stop.set()
 
     def _run(self) -> None:
         while True:
-            try:
-                with urllib.request.urlopen(self._url, timeout=5.0) as answer:  # noqa: S310  (scheme checked above)
-                    self._plan = from_json(json.loads(answer.read(MAX_BYTES)))
-                self.error = ""
-            except (OSError, ValueError) as error:
-                self.error = str(error)
+            if self._url:
+                self._fetch()
+            else:
+                self._plan, self.error = self._file.plan(), self._file.error
             if self._stop.wait(self._period_s):
                 return
 
-
-def plan_source(where: str) -> PlanSource:
-    """Return a source of plans: a planner's URL, or the path of the file it writes."""
-    return PlanMirror(where) if "://" in where else PlanFile(where)
+    def _fetch(self) -> None:
+        try:
+            with urllib.request.urlopen(self._url, timeout=5.0) as answer:  # noqa: S310  (scheme checked above)
+                self._plan = from_json(json.loads(answer.read(MAX_BYTES)))
+            self.error = ""
+        except (OSError, ValueError) as error:
+            self.error = str(error)
 
 
 class Subscribers:

@@ -76,6 +76,19 @@ def load_of(page: Page, before: Page | None = None) -> InstanceLoad:
     )
 
 
+def finished_since(page: Page, before: Page | None) -> tuple[int, int, int] | None:
+    """Return requests, prompt tokens and output tokens that the engine finished between two pages; None: it cannot be said."""
+    if before is None:
+        return None
+    found = []
+    for names in (_REQUESTS, _PROMPT_TOKENS, _OUTPUT_TOKENS):
+        new, old = page.first(names), before.first(names)
+        if new is None or old is None or new < old:
+            return None
+        found.append(round(new - old))
+    return found[0], found[1], found[2]
+
+
 def fetch(url: str, at_s: float, timeout_s: float = 2.0) -> Page:
     """Fetch an engine's page; OSError when it does not answer."""
     if not url.startswith(("http://", "https://")):

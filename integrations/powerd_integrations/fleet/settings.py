@@ -33,7 +33,7 @@ class PlannerSection:
     token_file: str = ""  # who reports must hold what is in it
     policy: str = "dynamollm"
     engine_model: str = ""  # file with the engine's figures (powerctl dynamollm profile makes it)
-    window_s: float = 60.0
+    arrivals: str = "routers"  # who counts them: routers that report, or "engines" that are scraped (no router is ours)
     stale_after_s: float = 10.0
     gone_after_s: float = 15.0
     tick_s: float = 1.0
@@ -125,11 +125,16 @@ class FleetSettings:
         return Slo(row.ttft_s or min(slo.ttft_s for slo in slos), row.tbt_s or min(slo.tbt_s for slo in slos))
 
     @property
+    def bounds(self) -> dict[Group, tuple[int, int]]:
+        """Least and most replicas of each group."""
+        return {row.group: (row.min_replicas, row.max_replicas) for row in self.groups}
+
+    @property
     def options(self) -> PlannerOptions:
         """How the planner looks at its fleet."""
         p = self.planner
         limits = Limits(p.gpus, p.start_timeout_s, p.retry_s, p.settle_s, p.wave_ratio)
-        return PlannerOptions(limits, p.window_s, p.stale_after_s, p.gone_after_s, p.tick_s)
+        return PlannerOptions(limits, p.stale_after_s, p.gone_after_s, p.tick_s)
 
 
 def load(path: Path | str) -> FleetSettings:
@@ -172,9 +177,11 @@ def _check(settings: FleetSettings, name: str) -> None:
             raise _bad(name, f"[[groups]] {row.group}: tp from 1, and min_replicas at most max_replicas, which is from 1")
         if seen.count(row.group) > 1:
             raise _bad(name, f"[[groups]] {row.group} is there twice")
+    if settings.planner.arrivals not in ("routers", "engines"):
+        raise _bad(name, f"[planner] arrivals: routers or engines, not {settings.planner.arrivals!r}")
     if settings.planner.gpus < 1:
         raise _bad(name, "[planner] gpus: from 1")
-    for key in ("window_s", "stale_after_s", "gone_after_s", "tick_s", "start_timeout_s", "settle_s"):
+    for key in ("stale_after_s", "gone_after_s", "tick_s", "start_timeout_s", "settle_s"):
         if getattr(settings.planner, key) <= 0:
             raise _bad(name, f"[planner] {key}: above 0")
     if not 0 < settings.planner.wave_ratio <= 1:

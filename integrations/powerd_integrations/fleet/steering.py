@@ -66,7 +66,7 @@ class Steering:
         self, settings: FleetSettings, model: EngineModel, source: PlanSource, counter: ArrivalCounter, send: Send
     ) -> None:
         self._settings, self._model, self._source, self._counter, self._send = settings, model, source, counter, send
-        self._router = Router(model, settings.classes)
+        self.router = Router(model, settings.classes)
         self._sizes = OutputSizes(settings.classes)
         self._groups: dict[str, Group] = {}
         self._seen: tuple[object, object] | None = None
@@ -128,7 +128,7 @@ class Steering:
                     text, done = _read(event)
                     if first and text:
                         first = False
-                        self._router.first_token(instance, ticket.prompt)
+                        self.router.first_token(instance, ticket.prompt)
                     if text:
                         ticket.sent_text.append(text)
                     yield event
@@ -149,9 +149,9 @@ class Steering:
             raise BrokenOffError(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}") from None
         finally:
             if first:
-                self._router.abandoned(instance, ticket.prompt)
+                self.router.abandoned(instance, ticket.prompt)
             else:
-                self._router.finished(instance)
+                self.router.finished(instance)
             close = getattr(answer, "aclose", None)
             if close is not None:
                 await close()
@@ -161,7 +161,7 @@ class Steering:
         end_s = time.monotonic() + self._settings.service.queue_timeout_s
         while True:
             self._refresh()
-            instance = self._router.route(ticket.prompt, ticket.output_size)
+            instance = self.router.route(ticket.prompt, ticket.output_size)
             if instance is not None:
                 return instance, self._groups[instance]
             if time.monotonic() >= end_s:
@@ -175,7 +175,7 @@ class Steering:
             return
         self._seen = seen
         self._groups = {replica.id: replica.group for replica in plan.serving}
-        self._router.update(*self._as_instances(plan))
+        self.router.update(*self._as_instances(plan))
 
     def _as_instances(self, plan: PublishedPlan) -> tuple[FleetPlan, list[InstanceState]]:
         """The router's own words: a group is a pool to it, and a clock is one that the model has figures for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from powerd_integrations.fleet.published import PlanSource, plan_source
+from powerd_integrations.fleet.published import PlanMirror
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -25,7 +25,7 @@ class PowerdPolicy:
 
     def __init__(self, plan: str, pool: str, tp: int, stale_after_s: float = 30.0) -> None:
         self._where, self._pool, self._tp, self._stale_after_s = plan, pool, tp, stale_after_s
-        self._source: PlanSource = plan_source(plan)
+        self._source = PlanMirror(plan)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Return the replicas wanted, and why, as Serve keeps it in ``policy_state``."""

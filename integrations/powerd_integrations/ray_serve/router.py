@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from powerd_integrations.fleet.published import Group, plan_source
+from powerd_integrations.fleet.published import Group, PlanMirror
 from powerd_integrations.fleet.reporter import ArrivalCounter, PlannerLink
 from powerd_integrations.fleet.settings import FleetSettings
 from powerd_integrations.fleet.steering import BrokenOffError, NobodyServesError, Steering, Ticket
@@ -35,7 +35,7 @@ class RouterReplica:
         service = settings.service
         self._counter = ArrivalCounter(PlannerLink(service.planner, token))
         model = models.load(settings.planner.engine_model)
-        self._steering = Steering(settings, model, plan_source(service.plan or service.planner), self._counter, self._send)
+        self._steering = Steering(settings, model, PlanMirror(service.plan or service.planner), self._counter, self._send)
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""

@@ -54,11 +54,14 @@ def run(c: Coefficients, rps: float, lengths: Sequence[tuple[int, int]], chunk: 
         at += rng.expovariate(rps)
         prompt, output = rng.choice(lengths)
         coming.append(Request(at, prompt, output, prompt))
-    now = joules = busy = weighted = 0.0
+    begin, end = coming[requests // 10].at_s, coming[-requests // 10].at_s  # neither filling nor draining
+    now = joules = busy = weighted = watched = 0.0
     waiting, running, done = deque[Request](), list[Request](), list[Request]()
     while coming or waiting or running:
         if not waiting and not running:
-            joules += c.idle_w * (coming[0].at_s - now)
+            if begin <= now < end:
+                joules += c.idle_w * (coming[0].at_s - now)
+                watched += coming[0].at_s - now
             now = coming[0].at_s
         while coming and coming[0].at_s <= now:
             waiting.append(coming.popleft())
@@ -72,9 +75,11 @@ def run(c: Coefficients, rps: float, lengths: Sequence[tuple[int, int]], chunk: 
             if room == 0:
                 break
         seconds = c.iteration_s(tokens, len(running))
-        joules += c.iteration_j(tokens, len(running))
-        weighted += seconds * len(running)
-        busy += seconds
+        if begin <= now < end:
+            joules += c.iteration_j(tokens, len(running))
+            weighted += seconds * len(running)
+            busy += seconds
+            watched += seconds
         now += seconds
         for request in running:
             request.made += 1
@@ -90,5 +95,11 @@ def run(c: Coefficients, rps: float, lengths: Sequence[tuple[int, int]], chunk: 
     own = [quantile(r.gaps, 0.99) for r in kept if r.gaps]
     ttft = [r.ttft_s for r in kept]
     return Seen(
-        weighted / now, busy / now, joules / now, quantile(ttft, 0.5), quantile(ttft, 0.99), quantile(own, 0.99), len(done)
+        weighted / watched,
+        busy / watched,
+        joules / watched,
+        quantile(ttft, 0.5),
+        quantile(ttft, 0.99),
+        quantile(own, 0.99),
+        len(done),
     )

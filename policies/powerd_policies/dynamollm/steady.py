@@ -16,13 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from powerd.errors import RequestError
+from powerd_policies.dynamollm.cells import rows
 from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.profile import Profile, ProfilePoint
 
 Limit = Literal["compute", "chunk", "running", "kv"]
 #: Loads of a tabulated profile, as shares of the most that the instance takes within its SLO.
-LOADS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LOADS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _LEAST_RPS = 0.01
 _Z99 = 2.33  # standard deviations of the 99th percentile
 #: Gaps of a request that may be long without touching its own P99, n = 0, 1, ...: the mean number of long gaps at which 99 of 100
@@ -116,6 +118,19 @@ def by_clock(
     return {clock: _steady(model.table[tp, clock], model.kv_tokens[tp], total, chunk_tokens, max_running) for clock in clocks}
 
 
+def chunk_for(coefficients: Coefficients, tbt_s: float, running: int, most: int = 2048) -> int:
+    """Return the most prompt tokens that one iteration may compute beside ``running`` decoding requests within ``tbt_s`` seconds.
+
+    In steps of 64, ``most`` at most; 0: not even one step fits, so that no chunk keeps this pace.
+    """
+    c = coefficients
+    room_s = tbt_s - max(c.decode_fixed_s, c.prefill_fixed_s) - c.decode_request_s * running
+    if room_s <= 0.0:
+        return 0
+    tokens = room_s / c.prefill_token_s if c.prefill_token_s > 0.0 else math.inf
+    return int(min(tokens, most)) // 64 * 64
+
+
 @dataclass(frozen=True, slots=True)
 class _Total:
     """What of a mix does not depend on the instance."""
@@ -198,7 +213,7 @@ def _steady(c: Coefficients, kv_tokens: int, total: _Total, chunk_tokens: int, m
 def _prompt_beside(total: _Total, iteration_s: float, chunk_tokens: int) -> float:
     """Prompt tokens in the iterations that make a request's own P99 gap: of the longest prompt and of those beside it."""
     gaps = max(total.output_rate / total.rps, 1.0)
-    ignored = min(int(0.01 * gaps), len(_RARE) - 1)
+    ignored = min(int(0.006 * gaps), len(_RARE) - 1)  # of the shorter answers of the class, which feel one long gap more
     rare = min(_RARE[ignored] / gaps, 1.0)
     arriving = total.chunk_rate * iteration_s
     mean = total.prompt_rate / total.chunk_rate
@@ -206,7 +221,7 @@ def _prompt_beside(total: _Total, iteration_s: float, chunk_tokens: int) -> floa
     above = 1.0 - term  # the share of iterations with more than ``count`` chunks
     count, tokens = 0, 0.0
     while above > rare and tokens < chunk_tokens:
-        tokens += mean if count else total.prompt_p99
+        tokens += mean if count or ignored >= 2 else total.prompt_p99  # the longest prompts are among the ignored
         count += 1
         term *= arriving / count
         above -= term
@@ -264,6 +279,23 @@ def profile_of(
                     )
                 )  # fmt: skip
     return Profile(points)
+
+
+def lengths_of(trace: str, classes: Classes, name: str = "trace") -> dict[str, Lengths]:
+    """The lengths of each class that occurs in a trace (CSV with ``ContextTokens,GeneratedTokens``), by class.
+
+    Requests beyond the context limit have no class and are left out. RequestError naming line and column.
+    """
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows(trace, name, ("ContextTokens", "GeneratedTokens")):
+        prompt, output = row.number("ContextTokens", above=0.0), row.number("GeneratedTokens", above=0.0)
+        if (own := classes.name(int(prompt), int(output))) is not None:
+            prompts, outputs = found.setdefault(own, ([], []))
+            prompts.append(prompt)
+            outputs.append(output)
+    if not found:
+        raise RequestError(f"{name} holds no request within the context limit", code="bad_value")
+    return {own: Lengths.of(*found[own]) for own in sorted(found)}
 
 
 def _most(keeps: Callable[[float], bool]) -> float:

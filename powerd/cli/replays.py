@@ -22,8 +22,10 @@ COLOURS = ("0.35", "tab:brown", "tab:olive", "tab:green", "tab:purple", "tab:ora
 
 def energy_table(policies: dict[str, Any], title: str) -> Table:
     """One row per policy: energy, cost, promises."""
-    shown = table("policy", ">energy", ">saving", ">off GPUs at 72 W", ">GPU-hours", ">cost", ">carbon", ">power p50", ">p99", ">in SLO",
-                  ">worst class", ">rejected", ">unfinished", title=title)  # fmt: skip
+    shown = table(
+        "policy", ">energy", ">saving", ">off GPUs at 72 W", ">GPU-hours", ">cost", ">carbon", ">power p50", ">p99", ">in SLO",
+        ">worst class", ">rejected", ">unfinished", title=title,
+    )  # fmt: skip
     first = next(iter(policies.values()))
     for name, made in policies.items():
         shares = {n: c["slo_attainment"] for n, c in made["classes"].items() if c["slo_attainment"] is not None}
@@ -42,12 +44,12 @@ def latency_table(policies: dict[str, Any]) -> Table:
     """One row per policy and class that occurs: latencies and energy of a request."""
     shown = table("policy", "class", ">requests", ">in SLO", ">TTFT p50", ">p99", ">TBT p50", ">p99", ">energy per request")
     for name, made in policies.items():
-        for label, row in made["classes"].items():
-            if row["requests"]:
-                times = [_ms(row[key]) for key in ("ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s")]
-                joules = row["energy_per_request_j"]
-                shown.add_row(name, label, str(row["requests"]), f"{row['slo_attainment']:.2%}", *times, f"{joules:.4g} J")
-                name = ""
+        for n, (label, row) in enumerate((label, row) for label, row in made["classes"].items() if row["requests"]):
+            times = [_ms(row[key]) for key in ("ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s")]
+            joules = row["energy_per_request_j"]
+            shown.add_row(
+                "" if n else name, label, str(row["requests"]), f"{row['slo_attainment']:.2%}", *times, f"{joules:.4g} J"
+            )
     return shown
 
 

@@ -1,4 +1,4 @@
-"""Traces: what is read is what the file says, what is wrong is named, scaled load keeps lengths and rate, weeks have their shape."""
+"""Traces: what is read is what the file says, what is wrong is named, scaled load keeps lengths and rate, weeks have a shape."""
 
 from __future__ import annotations
 

@@ -140,9 +140,8 @@ def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tr
     kinds = []
     for tp in setting.model.tps:
         for clock_mhz in setting.model.clocks_mhz(tp):
-            count = capacity.least(tp, clock_mhz, peak, setting.gpus // tp)
-            if count is not None:
-                kinds.append((capacity.serve(tp, clock_mhz, count, demand).power_w, tp, clock_mhz, count))
+            if least := capacity.least(tp, clock_mhz, peak, setting.gpus // tp):
+                kinds.append((capacity.serve(tp, clock_mhz, least, demand).power_w, tp, clock_mhz, least))
     likely = [kind[1:] for kind in sorted(kinds) if kind[0] <= LIKELY * min(kinds)[0]]
     if not likely:  # the closed form is careful: whether full clocks do it after all is for the simulator to say
         likely = [(tp, setting.model.clocks_mhz(tp)[0], setting.gpus // tp) for tp in setting.model.tps]

@@ -1,7 +1,7 @@
 """Everything between a command line and a comparison: names, files, checks before anything runs, the report as a whole.
 
-House rules: what cannot work is refused before the first policy runs, with the class or the tensor parallelism that it is about and
-what would be needed; the report says what it was made of.
+House rules: what cannot work is refused before the first policy runs, with the class or the tensor parallelism that it is about
+and what would be needed; the report says what it was made of.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def check(model: EngineModel, classes: Classes, work: Workload, scenario: Scenar
                     f"for a prompt of {tokens} tokens, which one in ten exceeds" if what == "TTFT" else "for one request alone"
                 )
                 raise RequestError(
-                    f"class {name}: {what} of {promised_s:g} s cannot be kept: an idle instance at full clock needs {least_s:.3g} s {of_what}",
+                    f"class {name}: {what} of {promised_s:g} s cannot be kept: "
+                    f"an idle instance at full clock needs {least_s:.3g} s {of_what}",
                     hint=f"promise at least {least_s * 1.2:.2g} s, or use an engine model that is faster", code="bad_value",
                 )  # fmt: skip
 

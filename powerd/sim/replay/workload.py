@@ -47,7 +47,7 @@ def class_of(classes: Classes, prompt_tokens: NDArray[np.int32], output_tokens: 
 
 
 def workload(trace: Trace, scenario: Scenario, past: Trace) -> Workload:
-    """Return a trace's requests with their true classes, and those that ``past`` lets predict; RequestError when all are too long."""
+    """Return a trace's requests with their true and predicted classes; RequestError when all prompts are too long."""
     classes, seed = scenario.request_classes(), scenario.run.seed
     true = class_of(classes, trace.prompt_tokens, trace.output_tokens)
     fits = true != BEYOND

@@ -139,6 +139,25 @@ TRAINING = Row("Training jobs", (
     ), low=0),
 ))  # fmt: skip
 
+HOST = Row("The host", (
+    Panel("CPU and memory power", "From the processors' own energy counters (RAPL), where powerd-hw may read them.", "watt", (
+        Query(f"sum by (instance) (rate(powerd_cpu_energy_joules_total{{{_NODE}}}[$__rate_interval]))", "{{instance}} CPU"),
+        Query(f"sum by (instance) (rate(powerd_dram_energy_joules_total{{{_NODE}}}[$__rate_interval]))", "{{instance}} DRAM"),
+    ), low=0),
+    Panel("Energy of GPUs, CPUs and memory", "In the time range shown: what the GPUs' own energy leaves out.", "joule", (
+        Query(f"sum(increase(powerd_gpu_energy_joules_total{{{_NODE}}}[$__range]))", "GPUs", instant=True),
+        Query(f"sum(increase(powerd_cpu_energy_joules_total{{{_NODE}}}[$__range]))", "CPUs", instant=True),
+        Query(f"sum(increase(powerd_dram_energy_joules_total{{{_NODE}}}[$__range]))", "DRAM", instant=True),
+    ), kind="bars"),
+    Panel("Host CPU in use", "Share of the host's CPU time.", "percentunit", (
+        Query(f"powerd_node_cpu_utilization_ratio{{{_NODE}}}", "{{instance}}"),
+    ), low=0, high=1),
+    Panel("Host memory in use", "Dashed: what there is.", "bytes", (
+        Query(f"powerd_node_memory_used_bytes{{{_NODE}}}", "{{instance}}"),
+        Query(f"powerd_node_memory_size_bytes{{{_NODE}}}", "{{instance}} size", dashed=True),
+    ), low=0),
+))  # fmt: skip
+
 HEALTH = Row("Spool, store and powerd itself", (
     Panel("Spool", "Bytes that wait for InfluxDB.", "bytes", (
         Query(f"powerd_spool_bytes{{{_NODE}}}", "{{instance}}"),
@@ -173,7 +192,7 @@ HEALTH = Row("Spool, store and powerd itself", (
     ), kind="states", width=12, height=6, low=0, high=1),
 ))  # fmt: skip
 
-ROWS = (OVERVIEW, ENERGY, CLOCKS, REASONS, LEASES, TRAINING, HEALTH)
+ROWS = (OVERVIEW, ENERGY, CLOCKS, REASONS, LEASES, TRAINING, HOST, HEALTH)
 
 
 def document() -> dict[str, Any]:

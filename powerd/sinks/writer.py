@@ -37,6 +37,9 @@ _ALL_TABLES = ("raw", "r60", "r3600", "events", "leases", "node", "meta", *jobta
 _LEASE = "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
 
+# Of old rows the last of each minute stays: energy is a counter, and that is the row that a longer step is read from.
+_THIN_NODE = """DELETE FROM node WHERE ts < :before
+    AND ts NOT IN (SELECT max(ts) FROM node WHERE ts < :before GROUP BY ts / 60)"""
 _NODE = "INSERT OR REPLACE INTO node VALUES (?, ?, ?, ?, ?, ?, ?)"
 Item = Snapshot | Event | Record | HostLoad | tuple[int, LeaseView]
 
@@ -280,10 +283,11 @@ class Writer:
         for table in ("events", "leases"):
             before_ns = (self._newest - int(config.hour_days * _DAY)) * 1_000_000_000
             connection.execute(f"DELETE FROM {table} WHERE wall_ns < ?", (before_ns,))  # noqa: S608 (constants)
-        connection.execute("DELETE FROM node WHERE ts < ?", (int(self._newest - config.raw_hours * 3600),))
+        connection.execute("DELETE FROM node WHERE ts < ?", (int(self._newest - config.minute_days * _DAY),))
+        connection.execute(_THIN_NODE, {"before": int(self._newest - config.raw_hours * 3600) // 60 * 60})
         steps_s, jobs_s = (self._newest - int(days * _DAY) for days in (config.minute_days, config.hour_days))
         jobtables.expire(connection, steps_s * 1_000_000_000, jobs_s * 1_000_000_000)
-        connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
+        connection.executescript("PRAGMA incremental_vacuum(64)")  # execute() would stop after the first page
         self._minute = minute
 
     def _roll(self, connection: sqlite3.Connection, source: str, target: str, step: int) -> None:

@@ -19,6 +19,7 @@ from powerd.api import JobEvent, JobStep, LeaseRequest, WantSpec
 from powerd.clock import NS
 from powerd.model import Control
 from tests.e2e.live import LiveNode, free_port, wait_for
+from tests.hw.test_rapl import FakePowercap
 from tests.real.servers import Prometheus, need
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("grafana-live")]
@@ -68,7 +69,8 @@ def node() -> Iterator[LiveNode]:
         (folder / "read-token").write_text(READ_TOKEN)
         (folder / "read-token").chmod(0o600)
         more = f'read_token_file = "{folder}/read-token"\n[metrics]\ndcgm = true\n{influx}'
-        node = stack.enter_context(LiveNode(more=more))
+        tree = FakePowercap(folder / "powercap")  # made up: a machine like this one has none
+        node = stack.enter_context(LiveNode(more=more, hw=f'powercap_dir = "{tree.root}"'))
         for gpu in range(2):
             stack.enter_context(node.load(gpu, 0.9))
         short = node.client.lease_create(request(node, 1, want(Control.SM_CLOCK, 1200)))

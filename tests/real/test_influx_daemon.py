@@ -16,11 +16,11 @@ BUCKET = "daemon"
 WINDOW_S = 70  # of the node's time, which runs ten times as fast as ours
 
 
-def section(url: str, folder: Path, more: str = "") -> str:
+def section(url: str, folder: Path, more: str = "", bucket: str = BUCKET) -> str:
     token = folder / "token"
     token.write_text("the-right-token\n")
     token.chmod(0o600)
-    return f'[influx]\nurl = "{url}"\norg = "o"\nbucket = "{BUCKET}"\ntoken_file = "{token}"\nsample_hz = 10\n{more}'
+    return f'[influx]\nurl = "{url}"\norg = "o"\nbucket = "{bucket}"\ntoken_file = "{token}"\nsample_hz = 10\n{more}'
 
 
 @pytest.fixture(scope="module")

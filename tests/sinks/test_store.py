@@ -140,24 +140,6 @@ def test_a_wall_clock_that_steps_back_is_rolled_up_anew(tmp_path: Path):
     assert rows == {0: 450_000, 60: 900_000, 120: 450_000, 180: 450_000, 240: 450_000}
 
 
-def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path):
-    config = StoreConfig(raw_hours=1.0)
-    for begin in range(0, 4 * 3600, 1800):
-        one = store(tmp_path, config)
-        fill(one, range(begin, begin + 1800, 10))
-        one.close()
-    for minute in range(40):  # each minute may delete ten minutes' worth
-        one = store(tmp_path, config)
-        fill(one, range(4 * 3600 + 60 * minute, 4 * 3600 + 60 * minute + 1), gpus=(A,))
-        one.close()
-    again = store(tmp_path, config)
-    for uuid in (A, B):
-        oldest = next(again.rows([uuid], 0, T0 + 10**6, ["power_mw"], "raw"), (T0 + 10**6,))[0]
-        assert oldest >= T0 + 4 * 3600 + 39 * 60 - 3600
-        assert next(again.rows([uuid], 0, T0 + 10**6, ["power_mw"], "r60"))[0] == T0
-    again.close()
-
-
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 hours of 1 Hz rows of two GPUs."""

@@ -12,8 +12,6 @@ memory's part, in proportion to its use. A power limit makes the clock of a pref
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from powerd.errors import RequestError
+from powerd_policies.dynamollm import cells
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 
 LATENCY_COLUMNS = (
@@ -119,7 +118,7 @@ class BatchPower:
 def latencies(text: str, name: str = "data") -> tuple[Latency, ...]:
     """The measured set-ups of a CSV with ``LATENCY_COLUMNS`` (ms; others are ignored); RequestError naming line and column."""
     groups: dict[tuple[str, int, int, int, int], list[tuple[float, float, float, float]]] = defaultdict(list)
-    for row in _rows(text, name, LATENCY_COLUMNS):
+    for row in cells.rows(text, name, LATENCY_COLUMNS):
         tp, batch, prompt, output = (
             int(row.number(c, above=0.0)) for c in ("tensor_parallel", "batch_size", "prompt_size", "token_size")
         )
@@ -137,7 +136,7 @@ def latencies(text: str, name: str = "data") -> tuple[Latency, ...]:
 def batch_powers(text: str, name: str = "data") -> tuple[BatchPower, ...]:
     """Watts per GPU from a CSV with ``BATCH_COLUMNS``: joules per request x requests per second / GPUs."""
     made = []
-    for row in _rows(text, name, BATCH_COLUMNS):
+    for row in cells.rows(text, name, BATCH_COLUMNS):
         requests_per_s = row.number("Token tput (tok/s)", above=0.0) / row.number("Avg Output Tokens", above=0.0)
         tp = int(row.number("TP", above=0.0))
         made.append(
@@ -331,39 +330,3 @@ def _line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     if a < 0:
         return 0.0, v1 / vv
     return (a, b) if b >= 0 else (u1 / uu, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    words: Mapping[str, str]
-    place: str
-
-    def number(self, column: str, above: float | None = None) -> float:
-        text = self.words[column]
-        try:
-            number = float(text)
-        except ValueError:
-            raise _bad(f"{self.place}: {column} is {text!r}, which is no number") from None
-        if not math.isfinite(number) or number < 0 or (above is not None and number <= above):
-            raise _bad(
-                f"{self.place}: {column} is {text}", "it must be finite and " + ("above" if above == 0 else "not below") + " zero"
-            )
-        return number
-
-
-def _rows(text: str, name: str, columns: Sequence[str]) -> Iterable[_Row]:
-    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    header = [word.strip() for word in next(reader, [])]
-    if missing := [column for column in columns if column not in header]:
-        raise _bad(f"{name}: line 1 lacks the column {missing[0]!r}", f"it needs {','.join(columns)}")
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        place = f"{name}: line {reader.line_num}"
-        if len(cells) != len(header):
-            raise _bad(f"{place} has {len(cells)} cells, the first line {len(header)}")
-        yield _Row(dict(zip(header, (cell.strip() for cell in cells), strict=True)), place)
-
-
-def _bad(message: str, hint: str = "") -> RequestError:
-    return RequestError(message, hint=hint, code="bad_value")

@@ -78,7 +78,7 @@ class Server:
     def course(self, query: str, begin_s: float, end_s: float, step_s: float) -> dict[Key, dict[float, float]]:
         """Time -> value of every (instance, GPU) of a query over a range."""
         found: dict[Key, dict[float, float]] = {}
-        answer = self.ask("/api/v1/query_range", query=query, start=f"{begin_s:.3f}", end=f"{end_s:.3f}", step=f"{step_s:.3f}s")
+        answer = self.ask("/api/v1/query_range", query=query, start=f"{begin_s:.3f}", end=f"{end_s:.3f}", step=f"{step_s:.3f}")
         for series in answer:
             labels = series["metric"]
             key = (str(labels.get("instance", "")), str(labels.get("uuid", "")))

@@ -13,8 +13,8 @@ the request's own: as many iterations as its chunks need beside the ``b`` reques
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from powerd_policies.dynamollm.classes import NAMES, Classes
@@ -52,17 +52,24 @@ _Table = tuple[tuple[tuple[_Target, ...], ...], ...]  # by class, the pools of i
 class Router:
     """Steers requests to instances; ``update`` whenever plan or fleet change, ``route`` for each request.
 
-    ``route`` may be called from any thread while another updates: each call sees one whole table.
+    Nothing awaits in it, so that one event loop needs no lock. Where several threads route, give it their ``lock`` (such as a
+    ``threading.Lock``): no count is lost then, and each call sees one whole table.
     """
 
-    def __init__(self, model: EngineModel, classes: Classes | None = None, chunk_tokens: int = 2048) -> None:
+    def __init__(
+        self,
+        model: EngineModel,
+        classes: Classes | None = None,
+        chunk_tokens: int = 512,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         self.classes = classes or Classes()
         self._chunk_tokens = chunk_tokens  # of prompts and decoding requests together, in one iteration of the engine
         self._model = model
         self._ttfts_s = tuple(self.classes.slos[name].ttft_s for name in NAMES)
         self._counted: dict[str, _Counted] = {}
         self._table: _Table = ((),) * len(NAMES)
-        self._lock = threading.Lock()
+        self._lock = lock or nullcontext()
 
     def update(self, plan: FleetPlan, states: Iterable[InstanceState]) -> None:
         """Take the newest plan and fleet. An instance that is gone takes its counts along.

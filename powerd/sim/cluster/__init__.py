@@ -22,8 +22,8 @@ equal parts. A clock change holds up the next iteration by ``clock_set_s`` at th
   + prefill_token_s * tokens``, with the coefficients of the clock last asked for.
 
 Of the route's pools in order, in the first that has an instance with ``wait_s`` within the class's TTFT: of these the one with
-the fewest ``outstanding``; ties: the lowest ``unfinished / kv_tokens``, then the plan's order. If there is none in any pool: the one
-with the least ``wait_s`` of all the route's, ties by route and plan order. If none serves: the request waits outside, and all
+the fewest ``outstanding``; ties: the lowest ``unfinished / kv_tokens``, then the plan's order. If there is none in any pool: the
+one with the least ``wait_s`` of all the route's, ties by route and plan order. If none serves: the request waits outside, and all
 that wait are placed in order of arrival when an instance begins to serve or a plan is applied. An instance whose whole KV cache
 is smaller than prompt and answer rejects the request that it is sent.
 

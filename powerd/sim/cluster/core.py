@@ -117,8 +117,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "cluster_close": (None, [_P]),
     "cluster_hold": (None, [_P, c.c_int32, _L, _L, _D]),
     "cluster_failed": (_I, [_P]),
-    "cluster_ticks": (_L, [_P]),
-    "cluster_power": (None, [_P, _P, _P]),
+    "cluster_power": (None, [_P, _L, _P, _P]),
 }
 
 

@@ -339,9 +339,11 @@ EXPORT void cluster_hold(Cluster *c, int32_t gpus, ns_t from, ns_t until, double
 }
 
 EXPORT int cluster_failed(const Cluster *c) { return c->failed; }
-EXPORT int64_t cluster_ticks(const Cluster *c) { return c->ticks; }
-EXPORT void cluster_power(const Cluster *c, double *joules, double *gpu_s) {
-    if (c->ticks == 0) return;
-    memcpy(joules, c->tick_j, (size_t)c->ticks * sizeof(double));
-    memcpy(gpu_s, c->tick_gpu_s, (size_t)c->ticks * sizeof(double));
+
+/* Copy the joules and GPU seconds of up to `ticks` ticks. */
+EXPORT void cluster_power(const Cluster *c, int64_t ticks, double *joules, double *gpu_s) {
+    int64_t count = ticks < c->ticks ? ticks : c->ticks;
+    if (count == 0) return;
+    memcpy(joules, c->tick_j, (size_t)count * sizeof(double));
+    memcpy(gpu_s, c->tick_gpu_s, (size_t)count * sizeof(double));
 }

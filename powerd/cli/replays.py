@@ -68,7 +68,7 @@ def draw(path: Path, summaries: Sequence[Summary], title: str) -> None:
     figure.suptitle(f"{title} (modelled)", fontsize=11)
     colours = {s.policy: COLOURS[n % len(COLOURS)] for n, s in enumerate(summaries)}
     _bars(figure.add_subplot(grid[0, 0]), summaries, colours, "energy_kwh", "GPU energy (kWh)")
-    _bars(figure.add_subplot(grid[0, 1]), summaries, colours, "gpu_hours", "GPU-hours")
+    _fleet(figure.add_subplot(grid[0, 1]), summaries[-1])
     _lines(figure.add_subplot(grid[1, :]), summaries, colours, "power_kw", "power of all GPUs (kW)").legend(fontsize=7, ncol=4)
     _lines(figure.add_subplot(grid[2, 0]), summaries, colours, "gpus", "GPUs that serve")
     _lines(figure.add_subplot(grid[2, 1]), summaries, colours, "clock_mhz", "mean SM clock (MHz)")
@@ -93,6 +93,18 @@ def _bars(axes: Any, summaries: Sequence[Summary], colours: dict[str, str], key:
     axes.tick_params(axis="x", labelrotation=20, labelsize=7)
 
 
+def _fleet(axes: Any, summary: Summary) -> None:
+    """The last policy's GPUs by tensor parallelism, stacked."""
+    kinds = [key for key in summary.series if key.startswith("tp")]
+    times = [t / 3600 for t in summary.series["gpus"][0]]
+    stacked = [[count * int(key[2:]) for count in summary.series[key][1]] for key in kinds]
+    if stacked:
+        axes.stackplot(times, stacked, labels=[key.upper() for key in kinds], step="post")
+        axes.legend(fontsize=7)
+    axes.set_ylabel(f"GPUs of {summary.policy}", fontsize=8)
+    axes.set_xlabel("hours", fontsize=8)
+
+
 def _lines(axes: Any, summaries: Sequence[Summary], colours: dict[str, str], key: str, label: str) -> Any:
     for summary in summaries:
         times, values = summary.series[key]
@@ -115,5 +127,5 @@ def _latencies(axes: Any, summaries: Sequence[Summary], colours: dict[str, str],
         axes.plot(at, high, "_", color=colours[summary.policy], markersize=5)
     axes.set_xticks(range(len(classes)), classes, fontsize=8)
     axes.set_ylabel(label, fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     axes.grid(alpha=0.3, axis="y")

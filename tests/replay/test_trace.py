@@ -21,11 +21,6 @@ HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 REAL = resources.folder("profiles") / "traces" / "azure_llm_2023_conversation.csv.gz"
 
 
-@pytest.fixture(scope="module")
-def hour() -> Trace:
-    return trace.read(REAL)
-
-
 def test_the_published_hour_is_read_whole(hour: Trace) -> None:
     assert len(hour) == 19366
     assert (hour.prompt_tokens[0], hour.output_tokens[0]) == (374, 44)

@@ -60,7 +60,7 @@ def of_policy(outcome: Outcome, workload: Workload, setting: Setting, prices: Pr
     carbon_g = None if setting.carbon is None else float(np.dot(tick_kwh, setting.carbon.over(times_s)))
     made = {
         "energy_kwh": energy_kwh,
-        "energy_kwh_off_72w": (results.total_j + results.off_j) / J_PER_KWH,
+        "energy_kwh_off_72w": (results.total_j + max(0.0, results.off_j)) / J_PER_KWH,
         "gpu_hours": gpu_hours,
         "carbon_kg": None if carbon_g is None else carbon_g / 1000,
         "cost_usd": gpu_hours * prices.usd_per_gpu_hour,

@@ -68,6 +68,7 @@ def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None) -> C
     check(model, classes, work, scenario)
     setting = Setting(
         model, classes, cluster_config(scenario), scenario.gpus, Carbon(scenario.prices, trace.begin_week_s),
+        sample_s=max(5.0, trace.length_s / 1000),
     )  # fmt: skip
     return Comparison(scenario, work, setting, known(scenario, trace, history, past))
 

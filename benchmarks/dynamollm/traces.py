@@ -19,6 +19,7 @@ from powerd.sim.replay.compare import Comparison
 from powerd.sim.replay.generate import DAY_S, Shape, generate
 from powerd.sim.replay.scenario import Scenario
 from powerd.sim.replay.trace import WEEK_S, Trace, read
+from powerd_policies.dynamollm.engine_model import EngineModel
 
 KNOB_SEED, SEED, HISTORY_SEED = 11, 101, 7
 SHAPE = Shape(requests_per_s=20.0)
@@ -64,10 +65,10 @@ def week(seed: int = SEED) -> Case:
     return Case("week", generate(lengths(), WEEK_S, seed, SHAPE), past())
 
 
-def prepared(case: Case, load: float, scenario: Scenario) -> Comparison:
+def prepared(case: Case, load: float, scenario: Scenario, model: EngineModel | None = None) -> Comparison:
     """The case at a load, as policies are run on it; the history is at the same load, as a service's own past would be."""
     history = None if case.history is None else scale.scaled(case.history, load, HISTORY_SEED)
-    return session.prepare(scale.scaled(case.trace, load, scenario.run.seed), scenario, history)
+    return session.prepare(scale.scaled(case.trace, load, scenario.run.seed), scenario, history, model)
 
 
 def full_load(case: Case, scenario: Scenario, told: Callable[[str], None] = lambda text: None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,8 @@ def small(hour: Trace) -> Comparison:
 
 
 @pytest.fixture
-def part_csv(hour: Trace, tmp_path: Path) -> Iterator[Path]:
+def part_csv(hour: Trace, tmp_path: Path) -> Path:
     """Three minutes of it as a file."""
     path = tmp_path / "part.csv.gz"
     trace.write(path, hour.between(600, 780))
-    yield path
+    return path

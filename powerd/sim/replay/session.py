@@ -56,10 +56,13 @@ def scenario(path: Path | None, load: float | None = None) -> Scenario:
     return found if load is None else replace(found, run=replace(found.run, load=load))
 
 
-def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None) -> Comparison:
-    """Return what policies are run with; RequestError or ConfigError for what cannot be served by any fleet."""
+def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None, model: EngineModel | None = None) -> Comparison:
+    """Return what policies are run with; RequestError or ConfigError for what cannot be served by any fleet.
+
+    ``model`` in place of the scenario's is for studies of its assumptions.
+    """
     try:
-        model = enginemodels.load(scenario.engine.model)
+        model = model or enginemodels.load(scenario.engine.model)
     except RequestError as error:
         raise ConfigError(f"engine.model: {error.message}", hint=error.hint) from None
     classes = scenario.request_classes()

@@ -93,7 +93,7 @@ class Cluster:
             },
         }
         common = core.CoreConfig(
-            chunk_tokens=config.chunk_tokens, max_running=config.max_running, context_limit=limits.context_limit,
+            max_running=config.max_running, context_limit=limits.context_limit,
             ttft_slo_ns=slos, **in_ns,
         )  # fmt: skip
         arrays = (
@@ -271,7 +271,14 @@ class Cluster:
             ready_ns = now_ns + core.to_ns(takes_s)
             at = self._coefficients[member.tp, member.clock_mhz]
             slot = self._library.cluster_begin(
-                self._core, member.serial, member.tp, self.model.kv_tokens[member.tp], ctypes.byref(at), parked.idle_w, ready_ns
+                self._core,
+                member.serial,
+                member.tp,
+                self.model.kv_tokens[member.tp],
+                self.config.chunk_of(member.tp),
+                ctypes.byref(at),
+                parked.idle_w,
+                ready_ns,
             )
             if slot < 0:
                 raise MemoryError("no memory for another instance")

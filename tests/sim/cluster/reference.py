@@ -114,7 +114,7 @@ class Reference:
         k = self.coefficients(engine)
         decoding = len(engine.running)
         tokens = prompt + sum(r.prompt for r in [*engine.queue, *engine.prefilling])
-        iterations = math.ceil(tokens / (self.config.chunk_tokens - decoding))
+        iterations = math.ceil(tokens / (self.config.chunk_of(engine.tp) - decoding))
         fixed = max(k.prefill_fixed_s, k.decode_fixed_s if decoding else 0.0)
         return iterations * (fixed + k.decode_request_s * decoding) + k.prefill_token_s * tokens
 
@@ -167,7 +167,7 @@ class Reference:
 
     def begin(self, engine: Engine) -> None:
         k = self.coefficients(engine)
-        room = self.config.chunk_tokens - len(engine.running)
+        room = self.config.chunk_of(engine.tp) - len(engine.running)
         chunks: list[tuple[Request, int]] = []
         while room > 0:
             begun = [r for r in engine.prefilling if r.left > 0 and all(r is not c for c, _ in chunks)]

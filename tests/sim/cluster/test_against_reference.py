@@ -67,6 +67,7 @@ def cases(draw: st.DrawFn) -> Case:
         start_s=draw(st.sampled_from([0.0, 0.02, 0.3])), clock_set_s=draw(st.sampled_from([0.0, 0.0045])),
         park_after_s=draw(st.sampled_from([None, 0.0, 0.05])), park_clock_mhz=draw(st.sampled_from([None, 1000])),
         wake_s=draw(st.sampled_from([0.0, 0.007])), tick_s=0.05,
+        chunk_by_tp=draw(st.sampled_from([{}, {2: 20}])),
     )  # fmt: skip
     return Case(requests, first, tuple(steps), config, draw(st.sampled_from([0.02, 0.05, 0.5])))
 

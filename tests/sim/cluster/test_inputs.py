@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,14 @@ def test_requests_are_classified_as_the_classes_do() -> None:
     ("wrong", "message"),
     [
         ({"chunk_tokens": 256}, "chunk_tokens .256. has to be more than max_running .256."),
+        ({"chunk_by_tp": {4: 100}}, "chunk_tokens .100. has to be more than max_running .256."),
         ({"max_running": 0}, "max_running is 0"),
         ({"start_s": -1.0}, "start_s is -1.0"),
         ({"tick_s": 0.0}, "tick_s is 0.0"),
         ({"park_after_s": float("inf")}, "park_after_s is inf"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(wrong: dict[str, float], message: str) -> None:
+def test_a_config_that_cannot_be_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClusterConfig(**wrong)  # type: ignore[arg-type]
 
@@ -82,6 +84,15 @@ def test_structures_are_those_of_the_header() -> None:
     library = core.load()
     for number, structure in enumerate(core.STRUCTURES):
         assert library.cluster_sizeof(number) == core.c.sizeof(structure)
+
+
+def test_the_core_compiles_without_a_warning() -> None:
+    strict = ["-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]
+    sources = [str(path) for path in sorted(core.SOURCES.glob("*.c"))]
+    assert len(sources) == 5
+    command = [*build.find_compiler(), "-std=gnu11", *strict, *sources]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_compiler_that_fails_is_named_with_what_it_was_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ static bool take_chunk(Cluster *c, Instance *in, int64_t tokens) {
 }
 
 static void fill(Cluster *c, Instance *in) {
-    int64_t room = c->config.chunk_tokens - in->running_count;
+    int64_t room = in->chunk_tokens - in->running_count;
     in->prompt_tokens = 0;
     while (room > 0 && !c->failed) {
         if (in->partial < 0) {
@@ -194,7 +194,6 @@ static void take_off(Cluster *c, Instance *in) {
     in->start = in->at;
     in->stall_ns = 0;
     in->flying = true;
-    in->gap_open = false;
 }
 
 /* Simulate all that ends by `until` and all that begins before it. */

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DAY_S: Final = 86_400.0
 WEEK_S: Final = 7 * DAY_S
+UNIX_EPOCH_S: Final = 3 * DAY_S  # where Unix time begins in the week, for those whose times are Unix times: a Thursday, UTC
 #: One row of a history: when, over how many seconds before, and what arrived then; what ``observe`` takes.
 Observed = tuple[float, float, Mapping[str, ClassLoad]]
 

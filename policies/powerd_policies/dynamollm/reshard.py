@@ -2,7 +2,7 @@
 
 House rules: every GPU keeps as much as can be kept (a maximum-weight matching of the GPUs' old shards with the new ranks), and no
 other placement moves fewer bytes; rank r of n holds the bytes from r/n to (r+1)/n of the weights; instances that nothing changes
-are left alone; the rest is done a few instances at a time.
+are left alone; the rest is done a few instances at a time, and who sends still holds at that time what it sends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 Layout = tuple[tuple[str, ...], ...]  # by instance its GPUs, in the order of their ranks
 
@@ -23,15 +24,19 @@ class Transfer:
     bytes: int
 
 
+#: The old instances serve until the new ones do; or they drain first; or they stop and the new ones load from outside.
+How = Literal["overlap", "drain", "reload"]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Instances (by their place in the layouts) that change together; ``overlap``: the old ones serve until the new ones do."""
+    """Instances (by their place in the layouts) that change together."""
 
     stop: tuple[int, ...]
     start: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     busiest_bytes: int
-    overlap: bool
+    how: How
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +85,9 @@ def plan_reshard(
 ) -> ReshardPlan:
     """Return how the GPUs of ``old`` and ``spare`` ones become instances of ``new_tps`` with the fewest bytes moved.
 
-    ``memory_bytes`` of one GPU and ``kv_bytes`` in use on it decide for each step whether old and new weights fit together (then
-    the old instances serve on) or its instances drain first; None: they drain. ``at_a_time`` groups of instances that share GPUs
-    change together in one step. Raises ``ValueError`` when there are too few GPUs, or no weights to begin with.
+    ``memory_bytes`` of one GPU and ``kv_bytes`` in use on it decide for each step whether the old instances serve on while new
+    weights come in beside theirs, drain first, or have to stop and load; None: they drain. ``at_a_time`` groups of instances that
+    share GPUs change together in one step. Raises ``ValueError`` when there are too few GPUs, or no weights to begin with.
     """
     held = {gpu: shard(rank, len(gpus), weights_bytes) for gpus in old for rank, gpu in enumerate(gpus)}
     gpus = [*held, *(gpu for gpu in spare if gpu not in held)]
@@ -102,21 +107,45 @@ def plan_reshard(
     loaded = sum(end - begin for _, _, (begin, end) in slots)
     naive_kept = sum(_overlap(held.get(gpu), slot[2]) for gpu, slot in zip(gpus, slots, strict=False))
     kept = tuple((old.index(gpus), number) for number, gpus in enumerate(layout) if gpus in old)
-    copies = _copies({gpu: slot[2] for gpu, slot in takes.items()}, held)
-    steps = []
-    groups = _groups(old, layout, kept)
-    for some in (groups[n : n + at_a_time] for n in range(0, len(groups), at_a_time)):
-        stop = tuple(sorted(n for olds, _ in some for n in olds))
-        start = tuple(sorted(n for _, news in some for n in news))
-        mine = {gpu for number in start for gpu in layout[number]}
-        transfers = tuple(copy for copy in copies if copy.target in mine)
-        fits = memory_bytes is not None and all(
-            _length(held.get(gpu)) + sum(copy.bytes for copy in transfers if copy.target == gpu) + kv_bytes <= memory_bytes
-            for gpu in mine
+    steps = _steps(old, layout, kept, held, {gpu: slot[2] for gpu, slot in takes.items()}, memory_bytes, kv_bytes, at_a_time)
+    return ReshardPlan(layout, kept, steps, kept_bytes, loaded - kept_bytes, loaded - naive_kept, loaded, weights_bytes)
+
+
+def _steps(
+    old: Layout,
+    layout: Layout,
+    kept: Sequence[tuple[int, int]],
+    held: dict[str, tuple[int, int]],
+    wanted: dict[str, tuple[int, int]],
+    memory_bytes: int | None,
+    kv_bytes: int,
+    at_a_time: int,
+) -> tuple[Step, ...]:
+    """Return the steps, those that nobody notices first; what a step has overwritten no later step copies."""
+    ways = ("overlap", "drain", "reload")
+
+    def how(news: Iterable[int]) -> How:
+        if memory_bytes is None:
+            return "drain"
+        mine = [gpu for number in news for gpu in layout[number]]
+        most = max(
+            (_length(held.get(gpu)) + _length(wanted[gpu]) - _overlap(held.get(gpu), wanted[gpu]) for gpu in mine), default=0
         )
-        steps.append(Step(stop, start, transfers, _busiest(transfers), fits))
-    steps.sort(key=lambda step: (not step.overlap, step.busiest_bytes))  # the cheap and harmless first
-    return ReshardPlan(layout, kept, tuple(steps), kept_bytes, loaded - kept_bytes, loaded - naive_kept, loaded, weights_bytes)
+        return "overlap" if most + kv_bytes <= memory_bytes else "drain" if most <= memory_bytes else "reload"
+
+    groups = [(how(news), olds, news) for olds, news in _groups(old, layout, kept)]
+    groups.sort(key=lambda group: (not group[2], ways.index(group[0])))  # those that only stop come last: others may need them
+    now, steps = dict(held), []
+    for some in (groups[n : n + at_a_time] for n in range(0, len(groups), at_a_time)):
+        stop = tuple(sorted(n for _, olds, _ in some for n in olds))
+        start = tuple(sorted(n for _, _, news in some for n in news))
+        mine = {gpu: wanted[gpu] for number in start for gpu in layout[number]}
+        transfers = tuple(_copies(mine, now))
+        for gpu in (gpu for number in stop for gpu in old[number]):
+            del now[gpu]
+        now.update(mine)
+        steps.append(Step(stop, start, transfers, _busiest(transfers), max((way for way, _, _ in some), key=ways.index)))
+    return tuple(steps)
 
 
 def _length(interval: tuple[int, int] | None) -> int:

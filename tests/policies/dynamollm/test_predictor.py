@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerd_policies.dynamollm.fleet import ClassLoad
-from powerd_policies.dynamollm.predictor import DAY_S, WEEK_S, Injected, Knobs, LoadPredictor, Observed
+from powerd_policies.dynamollm.predictor import DAY_S, UNIX_EPOCH_S, WEEK_S, Injected, Knobs, LoadPredictor, Observed
 
 PLAIN = Knobs(headroom=1.0)
 
@@ -96,6 +97,33 @@ def test_one_strange_day_does_not_move_the_median_of_three() -> None:
         for now_s, window_s, arrivals in rows(day * DAY_S, (day + (1.0 if day < 3 else 0.4)) * DAY_S):
             predictor.observe(now_s, window_s, load(round((10 if day == 1 else 1) * arrivals["MM"].requests)))
     assert predictor.peak(3 * DAY_S + 13 * 3600.0, 3 * DAY_S + 15 * 3600.0)["MM"].requests_per_s == pytest.approx(5.0, rel=0.03)
+
+
+def test_what_was_not_observed_is_missing_and_not_zero() -> None:
+    predictor = LoadPredictor(knobs=PLAIN)
+    for n in range(1, 12):
+        predictor.observe(300.0 * n, 60.0, load(120))  # a minute of every five
+    assert predictor.peak(3300.0, 3600.0)["MM"].requests_per_s == pytest.approx(2.0)
+
+
+def test_the_week_begins_where_it_is_said_to() -> None:
+    """A trace that begins on a Saturday noon, after a week of history that ends there."""
+    begin_s = 5 * DAY_S + 12 * 3600.0
+    predictor = LoadPredictor(knobs=PLAIN, epoch_s=begin_s)
+    predictor.learn(rows(begin_s, begin_s + WEEK_S), shift_s=-begin_s - WEEK_S)
+    saturday = predictor.peak(1.5 * 3600.0, 2.5 * 3600.0)["MM"].requests_per_s
+    monday = predictor.peak(2 * DAY_S + 1.5 * 3600.0, 2 * DAY_S + 2.5 * 3600.0)["MM"].requests_per_s
+    assert saturday == pytest.approx(2.5, rel=0.03)
+    assert monday == pytest.approx(5.0, rel=0.03)
+
+
+def test_unix_time_knows_its_weekdays() -> None:
+    predictor = LoadPredictor(knobs=PLAIN, epoch_s=UNIX_EPOCH_S)
+    monday_s = datetime(2026, 11, 16, tzinfo=UTC).timestamp()
+    predictor.learn(rows(0.0, WEEK_S), shift_s=monday_s)
+    sunday = datetime(2026, 11, 29, 14, tzinfo=UTC).timestamp()
+    assert predictor.peak(sunday, sunday + 1800.0)["MM"].requests_per_s == pytest.approx(2.5, rel=0.03)
+    assert predictor.peak(sunday + DAY_S, sunday + DAY_S + 1800.0)["MM"].requests_per_s == pytest.approx(5.0, rel=0.03)
 
 
 def test_overlapping_windows_count_each_request_once() -> None:

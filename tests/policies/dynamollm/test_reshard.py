@@ -64,13 +64,29 @@ def test_instances_that_need_not_hang_together_change_one_after_another() -> Non
     assert together.moved_bytes == plan.moved_bytes
 
 
-def test_memory_decides_whether_the_old_instance_serves_on() -> None:
-    roomy = plan_reshard(layout(8), (4, 4), weights_bytes=W, memory_bytes=80_000_000_000, kv_bytes=20_000_000_000)
-    assert roomy.steps[0].overlap
-    cramped = plan_reshard(layout(4), (2,), weights_bytes=W, memory_bytes=80_000_000_000, kv_bytes=20_000_000_000)
-    assert not cramped.steps[0].overlap
-    unknown = plan_reshard(layout(8), (4, 4), weights_bytes=W)
-    assert not unknown.steps[0].overlap
+@pytest.mark.parametrize(
+    ("old", "new", "memory_bytes", "how"),
+    [
+        (8, (4, 4), 80_000_000_000, "overlap"),
+        (4, (2,), 80_000_000_000, "drain"),
+        (4, (2,), 60_000_000_000, "reload"),
+        (8, (4, 4), None, "drain"),
+    ],
+)
+def test_memory_decides_whether_the_old_instance_serves_on(
+    old: int, new: tuple[int, ...], memory_bytes: int | None, how: str
+) -> None:
+    """With 20 GB of KV cache; a rank of 4 holds 35 GB, one of 2 holds 70 and would need half of it beside."""
+    plan = plan_reshard(layout(old), new, weights_bytes=W, memory_bytes=memory_bytes, kv_bytes=20_000_000_000)
+    assert [step.how for step in plan.steps] == [how]
+
+
+def test_the_last_to_hold_weights_stops_last() -> None:
+    plan = plan_reshard(layout(2, 2), (2, 2, 1), weights_bytes=W, spare=("s0",))
+    assert len(plan.kept) == 2
+    assert {transfer.source for transfer in plan.transfers} <= {"g0", "g1", "g2", "g3"}
+    shrinking = plan_reshard(layout(8, 4), (4,), weights_bytes=W)
+    assert shrinking.steps[-1].start == ()
 
 
 def test_spare_gpus_are_filled_from_those_that_hold_weights() -> None:
@@ -90,12 +106,23 @@ def test_what_cannot_be_is_refused(old: tuple[int, ...], new: tuple[int, ...], s
 
 
 def check_bytes(old: Layout, plan: ReshardPlan) -> None:
-    """Every new rank ends up with its shard: what it kept and what others, who had it, gave."""
-    have = held(old)
-    for gpu, part in held(plan.layout).items():
-        got = sum(transfer.bytes for transfer in plan.transfers if transfer.target == gpu)
-        assert got + common(have.get(gpu, (0, 0)), part) == part[1] - part[0]
-    assert all(transfer.source in have and transfer.source != transfer.target for transfer in plan.transfers)
+    """Carry the steps out: every new rank ends up with its shard, and nobody sends what it no longer has."""
+    have = {gpu: {part} for gpu, part in held(old).items()}
+    wanted = held(plan.layout)
+    for step in plan.steps:
+        mine = {gpu for number in step.start for gpu in plan.layout[number]}
+        for gpu in mine:
+            missing = wanted[gpu][1] - wanted[gpu][0] - sum(common(part, wanted[gpu]) for part in have.get(gpu, ()))
+            assert missing == sum(transfer.bytes for transfer in step.transfers if transfer.target == gpu)
+        for transfer in step.transfers:
+            assert transfer.target in mine
+            assert transfer.source != transfer.target
+            has = sum(common(part, wanted[transfer.target]) for part in have[transfer.source])
+            assert transfer.bytes <= has, "it sends what it holds at this time"
+        for gpu in (gpu for number in step.stop for gpu in old[number]):
+            del have[gpu]
+        have.update({gpu: {wanted[gpu]} for gpu in mine})
+    assert {gpu: {part} for gpu, part in wanted.items()} == have
     assert sum(transfer.bytes for transfer in plan.transfers) == plan.moved_bytes
 
 

@@ -66,9 +66,8 @@ def replay(
     history = None if history_path is None else trace.read(history_path)
     comparison = session.prepare(scale.scaled(trace.read(trace_path), scenario.run.load, scenario.run.seed), scenario, history)
     if comparison.workload.oversize:
-        note(
-            f"{comparison.workload.oversize} prompts are beyond the context limit of {scenario.classes.context_limit} tokens: rejected"
-        )
+        limit = scenario.classes.context_limit
+        note(f"{comparison.workload.oversize} prompts are beyond the context limit of {limit} tokens: rejected")
     with progress("replay") as told:
         summaries = compare.compare(chosen, comparison, jobs, lambda done_s, total_s: told(round(done_s), round(total_s)))
     made = session.report(comparison, summaries)

@@ -18,7 +18,7 @@ from powerd_policies.dynamollm import fit
 from powerd_policies.dynamollm.engine_model import EngineModel
 
 SENSITIVITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
-KNEES = (0.9, 0.77, 0.65)
+KNEES = (0.65, 0.77, 0.9)
 
 
 @functools.cache
@@ -40,7 +40,9 @@ def table(case: Case, scenario: Scenario, progress: Progress, names: tuple[str, 
         made = {summary.policy: summary.entry for summary in compare(names, comparison)}
         worst, share = worst_class(made[FULL])
         cells = [f"{sensitivity:g}", f"{knee:g}", *(f"{saving(made, name):.1%}" for name in names[1:])]
-        rows.append((*cells, f"{made[FULL]['slo_attainment']:.2%}", f"{worst} {share:.1%}", f"{made[BASE]['slo_attainment']:.2%}"))
+        rows.append(
+            (*cells, f"{made[FULL]['slo_attainment']:.2%}", f"{worst} {share:.1%}", f"{made[BASE]['slo_attainment']:.2%}")
+        )
         progress((n + 1) / len(pairs))
     header = ("sensitivity", "knee", *(f"{name} saves" for name in names[1:]), f"{FULL} in SLO", "worst class", f"{BASE} in SLO")
     return Table(header, tuple(rows))

@@ -118,8 +118,9 @@ class Cluster:
 
     @property
     def end_s(self) -> float:
-        """When a run ends: the horizon after the last arrival."""
-        return float(self.requests.arrival_s[-1] if len(self.requests) else self.config.begin_s) + self.config.horizon_s
+        """When a run ends: the horizon after the last arrival, in whole nanoseconds, so that ``now_s`` reaches it."""
+        last_s = float(self.requests.arrival_s[-1]) if len(self.requests) else self.config.begin_s
+        return core.to_ns(last_s + self.config.horizon_s) / 1e9
 
     def apply(self, plan: FleetPlan) -> tuple[FleetEvent, ...]:
         """Make the fleet what the plan says, as fast as that goes; return what happened since the last plan.

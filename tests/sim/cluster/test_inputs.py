@@ -72,6 +72,13 @@ def test_what_the_model_does_not_hold_is_refused() -> None:
         Cluster(toy(), trace, patient(), gpus=0)
 
 
+def test_time_reaches_the_end_whatever_its_digits() -> None:
+    for arrival_s in (0.1234567891234, 3599.7777777777777, 604_799.123456789123):
+        cluster = Cluster(toy(), Requests.of([arrival_s], [10], [10], patient()), patient(), gpus=1)
+        cluster.advance(cluster.end_s)
+        assert cluster.now_s == cluster.end_s
+
+
 def test_time_does_not_go_back() -> None:
     cluster = Cluster(toy(), Requests.of([5.0], [10], [10], patient()), patient(), ClusterConfig(begin_s=2.0), 1)
     assert (cluster.now_s, cluster.end_s) == (2.0, 125.0)

@@ -51,7 +51,7 @@ def _study(case: Callable[[], traces.Case], loads: tuple[float, ...], names: tup
         elif not options.quick:
             report.tables.append(_second_half(done.load))
             report.notes.append(
-                "Last table: the second half alone at the same load, from a cold start: knobs and answers' lengths are of the first."
+                "Last table: the second half alone, from a cold start at the same load: knobs and lengths are of the first."
             )
         return kept
 

@@ -140,9 +140,10 @@ class Fleet:
         self._begun_s: float | None = None
         self._cluster_s = self._pool_s = -float("inf")  # when these decided last
         self._planned = False
+        self._helped = True  # the last decision changed something
         self._cold = False  # there is no history
         self._modelled_w = 0.0
-        self._within = True
+        self._within = (True, True)
         self._lacks = ""
 
     def decide(self, state: FleetState) -> FleetPlan:
@@ -192,17 +193,21 @@ class Fleet:
         young = self._cold and self.recent.covered_s < knobs.pool_s
         every_s = knobs.young_s if young else knobs.pool_s
         due = now_s >= self._pool_s + every_s - SURE or not self._planned
-        if not due and (now_s < self._pool_s + EARLY_S or not (late or self._outgrown(state))):
+        if not due and (
+            now_s < self._pool_s + (EARLY_S if self._helped else knobs.young_s) or not (late or self._outgrown(state))
+        ):
             return
         surge = self._surge(young)
         peak = {name: _larger(rate, surge.get(name, Rate())) for name, rate in forecast.items()}
         if not due:
             events.append(FleetEvent(now_s, "misprediction", "fleet", self._says(surge)))
         mean = self.recent.rates(120.0) or scaled(peak, 0.75)
-        if due and (now_s >= self._cluster_s + knobs.cluster_s - SURE or not self._planned):
+        epoch = due and (now_s >= self._cluster_s + knobs.cluster_s - SURE or not self._planned)
+        if epoch or (knobs.instances and self.pools.gpus is not None and not due):
             self._repool(now_s, mean, events)
+        before = self.shapes
         self._reshape(state, peak, mean, due, events)
-        self._pool_s, self._planned = now_s, True
+        self._pool_s, self._planned, self._helped = now_s, True, due or before != self.shapes
         events.extend(self.emergencies.resharded(now_s, measures.reshard))
 
     def _surge(self, young: bool) -> Demand:
@@ -283,13 +288,18 @@ class Fleet:
 
     def _everything(self) -> dict[str, tuple[Shape, ...]]:
         """All GPUs at the reference parallelism: the state of practice, and the begin where there is no forecast."""
-        tp = self.knobs.tp
-        if self.knobs.instances and self.knobs.shards and self.knobs.joint:  # whichever holds most: nobody knows what will come
+        knobs = self.knobs
+        tp = knobs.tp
+        if knobs.instances and knobs.shards and knobs.joint:  # whichever holds most: nobody knows what will come
             usual = {name: Rate(k.share, k.share * k.prompt_tokens, k.share * k.output_tokens) for name, k in self._usual()}
             tp = max(self.pool.tps, key=lambda tp: self.capacity.holds(tp, self.pool.top[tp], self.gpus // tp, usual))
         top = self.capacity.model.clocks_mhz(tp)[0]
         if self.pools.gpus is None:
-            return {pool: (Shape(tp, top, self.gpus // tp),) for pool in list(self.pools.partition)[:1]}
+            count = self.gpus // tp
+            if knobs.budget_w is not None:
+                lowest = self.capacity.model.table[tp, self.capacity.model.clocks_mhz(tp)[-1]]
+                count = max(1, min(count, int(knobs.budget_w / (tp * lowest.decoding_w(64)))))
+            return {pool: (Shape(tp, top, count),) for pool in list(self.pools.partition)[:1]}
         return {pool: (Shape(tp, top, gpus // tp),) if gpus else () for pool, gpus in self.pools.gpus.items()}
 
     def _usual(self) -> list[tuple[str, Lengths]]:
@@ -413,17 +423,23 @@ class Fleet:
         """Lower clocks until the modelled watts, corrected by the measured ones, are within the budget."""
         assert self.budget is not None
         self.budget.learn(state.power_w, self._modelled_w)
+        draws, kept = [], {want.id for want in wants}
+        for i in state.instances:  # those that drain draw as well, and nobody sets their clocks any more
+            if i.id not in kept:
+                draws.append(Draw(i.tp, 1, i.clock_mhz, i.load.prompt_tokens_per_s or 0.0, i.load.output_tokens_per_s or 0.0))
+        leaving_w = self.budget.power_w(draws)
         draws = []
         for want in wants:
             load = by_id[want.id].load if want.id is not None and want.id in by_id else None
             prompt = (load.prompt_tokens_per_s if load else None) or 0.0
             output = (load.output_tokens_per_s if load else None) or 0.0
             draws.append(Draw(want.tp, 1, want.clock_mhz, prompt, output))
-        ceiling = self.budget.ceiling(draws)
-        self._modelled_w = self.budget.power_w(draws, ceiling.clock_mhz)
-        if (ceiling.clock_mhz is None) != self._within or not ceiling.kept:
-            self._within = ceiling.clock_mhz is None
-            said = "within the watt budget" if self._within else f"no clock above {ceiling.clock_mhz} MHz for the watt budget"
+        ceiling = self.budget.ceiling(draws, leaving_w)
+        self._modelled_w = leaving_w + self.budget.power_w(draws, ceiling.clock_mhz)
+        free = ceiling.clock_mhz is None
+        if (free, ceiling.kept) != self._within:
+            self._within = (free, ceiling.kept)
+            said = "within the watt budget" if free else f"no clock above {ceiling.clock_mhz} MHz for the watt budget"
             lacks = "" if ceiling.kept else f"; {ceiling.power_w:.0f} W are drawn all the same"
             events.append(FleetEvent(state.now_s, "budget", "fleet", said + lacks))
         if ceiling.clock_mhz is None:

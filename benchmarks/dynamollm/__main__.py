@@ -84,7 +84,9 @@ def _ablation(report: Report, progress: Progress, options: Options) -> bool:
 
 def _sensitivity(report: Report, progress: Progress, options: Options) -> bool:
     report.title = "the saving over the assumed clock dimension, the hour at load 1.0, modelled"
-    report.tables.append(sensitivity.table(traces.hour(), session.scenario(None), progress))
+    scenario, hour = session.scenario(None), traces.hour()
+    report.tables.append(sensitivity.table(hour, scenario, lambda share: progress(0.8 * share)))
+    report.tables.append(sensitivity.by_chunk(hour, scenario, lambda share: progress(0.8 + 0.2 * share)))
     report.notes.append(
         "Sensitivity 0: decode slows with the clock as prefill does; 1: as suggested. Knee: share of the highest clock."
     )

@@ -1,7 +1,7 @@
 """Where the saving comes from: one thing taken away, or known, at a time.
 
-House rules: each row changes one thing of the reference; nothing but the change differs, the requests least of all; an oracle is named
-as one and is in no other figure.
+House rules: each row changes one thing of the reference; nothing but the change differs, the requests least of all; an oracle is
+named as one and is in no other figure.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def _forecast(c: Comparison, injected: Injected | None, history: bool = True) ->
     rows = known.history if history else ()
     return replace(
         c,
-        known=replace(
-            known, predictor=lambda: dynamollm.forecaster(epoch_s=known.begin_week_s, history=rows, injected=injected)
-        ),
+        known=replace(known, predictor=lambda: dynamollm.forecaster(epoch_s=known.begin_week_s, history=rows, injected=injected)),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 from benchmarks.dynamollm.study import BASE, FULL, STATIC, saving, worst_class
-from benchmarks.dynamollm.traces import Case, full_load, prepared
+from benchmarks.dynamollm.traces import Case, full_load, prepared, without
 from benchmarks.report import Progress, Table
 from powerd import resources
 from powerd.sim.replay.compare import compare
@@ -18,7 +18,8 @@ from powerd_policies.dynamollm import fit
 from powerd_policies.dynamollm.engine_model import EngineModel
 
 SENSITIVITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
-KNEES = (0.9, 0.77, 0.65)
+CHUNKS = (384, 512, 640, 768)
+KNEES = (0.65, 0.77, 0.9)
 
 
 @functools.cache
@@ -31,6 +32,20 @@ def model(sensitivity: float, knee: float) -> EngineModel:
     return fit.build(rows, fit.H100, fit.LLAMA2_70B, assumed, fit.of_gpu(watts, fit.H100))
 
 
+def by_chunk(case: Case, scenario: Scenario, progress: Progress) -> Table:
+    """Return load 1.0 and the savings at it for other sizes of a chunk, the same for every policy; each has its own load 1.0."""
+    rows = []
+    for n, chunk in enumerate(CHUNKS):
+        own = without(scenario, "engine", chunk_tokens=chunk)
+        load = full_load(case, own)
+        made = {summary.policy: summary.entry for summary in compare((BASE, STATIC, FULL), prepared(case, load, own))}
+        cells = (f"{saving(made, STATIC):.1%}", made[STATIC]["fleet"], f"{saving(made, FULL):.1%}")
+        rows.append((str(chunk), f"{load * case.trace.requests_per_s:.1f}", *cells, f"{made[FULL]['slo_attainment']:.2%}"))
+        progress((n + 1) / len(CHUNKS))
+    header = ("chunk (tokens)", "load 1.0 (requests/s)", f"{STATIC} saves", "its fleet", f"{FULL} saves", f"{FULL} in SLO")
+    return Table(header, tuple(rows))
+
+
 def table(case: Case, scenario: Scenario, progress: Progress, names: tuple[str, ...] = (BASE, STATIC, FULL)) -> Table:
     """Return the savings at load 1.0 for every pair of assumptions."""
     load, rows = full_load(case, scenario), []
@@ -40,7 +55,9 @@ def table(case: Case, scenario: Scenario, progress: Progress, names: tuple[str, 
         made = {summary.policy: summary.entry for summary in compare(names, comparison)}
         worst, share = worst_class(made[FULL])
         cells = [f"{sensitivity:g}", f"{knee:g}", *(f"{saving(made, name):.1%}" for name in names[1:])]
-        rows.append((*cells, f"{made[FULL]['slo_attainment']:.2%}", f"{worst} {share:.1%}", f"{made[BASE]['slo_attainment']:.2%}"))
+        rows.append(
+            (*cells, f"{made[FULL]['slo_attainment']:.2%}", f"{worst} {share:.1%}", f"{made[BASE]['slo_attainment']:.2%}")
+        )
         progress((n + 1) / len(pairs))
     header = ("sensitivity", "knee", *(f"{name} saves" for name in names[1:]), f"{FULL} in SLO", "worst class", f"{BASE} in SLO")
     return Table(header, tuple(rows))

@@ -124,7 +124,7 @@ def compare(case: Case, end_s: float, look_s: float | None = None) -> None:
     for at_s, plan in plans(case):
         while look_s is not None and cluster.now_s + look_s < at_s:
             cluster.advance(cluster.now_s + look_s)
-            cluster.state()
+            assert all((instance.load.kv_used_ratio or 0.0) <= 1.0 for instance in cluster.state().instances)
         cluster.advance(at_s)
         plain.advance(at_s)
         cluster.apply(plan)
@@ -143,6 +143,7 @@ def compare(case: Case, end_s: float, look_s: float | None = None) -> None:
         assert near(seen.energy_j[n], request.joules), (n, "energy", seen.energy_j[n], request.joules)
         assert bool(seen.rejected[n]) == request.rejected, n
         assert int(seen.instance[n]) == request.instance, n
+    assert plain.most_kv <= 1.0
     assert near(seen.total_j, plain.total_j)
     assert near(seen.idle_j, plain.idle_j)
     assert near(seen.gpu_s, plain.gpu_s)

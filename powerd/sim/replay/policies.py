@@ -7,7 +7,8 @@ knob: policies that set no clocks do not park.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -23,8 +24,10 @@ from powerd_policies.dynamollm import policies as dynamollm
 from powerd_policies.dynamollm.capacity import Capacity, Lengths, measured, scaled
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.fleet import FleetController
+from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.overheads import Fixes, Overheads
-from powerd_policies.dynamollm.predictor import LoadPredictor, Rate
+from powerd_policies.dynamollm.policies import Predictor
+from powerd_policies.dynamollm.predictor import Rate
 
 POLICIES: Final = ("singlepool", "multipool", "scaleinst", "scaleshard", "scalefreq", "beststatic", "dynamollm")
 PARKING: Final = ("scalefreq", "dynamollm")
@@ -49,6 +52,8 @@ class Known:
     past: Trace  # whose lengths are known
     history: tuple[Observed, ...] = ()  # times before 0 of the trace
     begin_week_s: float = 0.0  # when in the week the trace begins
+    predictor: Callable[[], Predictor] | None = None  # for studies of what forecasts are worth: another for each controller
+    knobs: Mapping[str, Knobs] = field(default_factory=dict)  # for studies: in place of a policy's own
 
 
 def known(scenario: Scenario, trace: Trace, history: Trace | None, past: Trace) -> Known:
@@ -98,11 +103,12 @@ def build(name: str, scenario: Scenario, workload: Workload, setting: Setting, k
         if best is None:
             raise RequestError(f"no fixed fleet of {setting.gpus} GPUs keeps {search.KEPT:.0%} in SLO", code="bad_value")
         return Built(controller(best.fleet, setting, name), config, str(best.fleet))
-    predictor = LoadPredictor(epoch_s=known.begin_week_s)
-    predictor.learn(known.history)
+    predictor = known.predictor() if known.predictor is not None else dynamollm.forecaster(
+        epoch_s=known.begin_week_s, history=known.history
+    )  # fmt: skip
     fleet = dynamollm.build(
         name, model=setting.model, classes=setting.classes, gpus=setting.gpus, lengths=lengths(setting.classes, known.past),
-        chunk_tokens=setting.config.chunk_tokens, overheads=overheads(scenario), predictor=predictor,
+        chunk_tokens=setting.config.chunk_tokens, overheads=overheads(scenario), predictor=predictor, knobs=known.knobs.get(name),
     )  # fmt: skip
     return Built(fleet, config)
 
@@ -140,9 +146,8 @@ def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tr
     kinds = []
     for tp in setting.model.tps:
         for clock_mhz in setting.model.clocks_mhz(tp):
-            count = capacity.least(tp, clock_mhz, peak, setting.gpus // tp)
-            if count is not None:
-                kinds.append((capacity.serve(tp, clock_mhz, count, demand).power_w, tp, clock_mhz, count))
+            if least := capacity.least(tp, clock_mhz, peak, setting.gpus // tp):
+                kinds.append((capacity.serve(tp, clock_mhz, least, demand).power_w, tp, clock_mhz, least))
     likely = [kind[1:] for kind in sorted(kinds) if kind[0] <= LIKELY * min(kinds)[0]]
     if not likely:  # the closed form is careful: whether full clocks do it after all is for the simulator to say
         likely = [(tp, setting.model.clocks_mhz(tp)[0], setting.gpus // tp) for tp in setting.model.tps]

@@ -1,7 +1,7 @@
 """BestStatic: the cheapest fixed fleet that keeps its promises, found with as few evaluations as it takes.
 
-House rules: pure; the answer was evaluated and kept its promises, whatever the model thought; for each parallelism and clock the
-model only says where to begin, and which kinds are not worth a look.
+House rules: pure; the answer was evaluated and kept its promises, whatever the model thought; for each parallelism and clock
+the model only says where to begin, and which kinds are not worth a look.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from powerd_policies.dynamollm.capacity import Capacity, Demand
 
 SLO: Final = 0.99
 CLASS_SLO: Final = 0.95
-WORTH: Final = 1.12  # times the energy that the model expects of the best: kinds beyond are not looked at
+DOUBT: Final = 0.15  # of a fleet's instances (one at least) the model may have asked for too many
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,10 +71,13 @@ def search(
     for tp, clock in capacity.model.table:
         count = capacity.least(tp, clock, peak, gpus // tp) or gpus // tp
         if count:
-            kinds.append((capacity.serve(tp, clock, count, mean).power_w, tp, clock, count))
+            fewer = max(1, count - max(1, round(DOUBT * count)))
+            kinds.append((capacity.serve(tp, clock, fewer, mean).power_w, tp, clock, count))
     best: StaticFleet | None = None
-    for expected_w, tp, clock, guess in sorted(kinds):
-        if len(tried) >= most or (best is not None and expected_w > WORTH * min(kinds)[0]):
+    for at_least_w, tp, clock, guess in sorted(kinds):
+        if len(tried) >= most:
+            break
+        if best is not None and at_least_w > capacity.serve(best.tp, best.clock_mhz, best.count, mean).power_w:
             break
         fleet = _fewest(judge, tp, clock, guess, gpus // tp)
         if fleet is not None and (best is None or tried[fleet].energy_j < tried[best].energy_j):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from powerd_policies.dynamollm.capacity import steady_w
 from powerd_policies.dynamollm.engine_model import EngineModel
 
-AIM = 0.96  # of the budget: load moves within the seconds between two looks
+AIM = 0.95  # of the budget: load moves within the seconds between two looks
 UNLEARN = 0.05  # of a correction that proves too high is forgotten at every look
 
 

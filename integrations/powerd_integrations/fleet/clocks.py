@@ -23,6 +23,9 @@ class Clocks(Protocol):
     async def hold(self, handle: Handle, want: InstanceWant) -> None:
         """Take care of a replica from now on, or of another clock."""
 
+    def holds(self, handle: Handle) -> bool:
+        """Whether what was held last is still in force, to the best of our knowledge."""
+
     async def release(self, handle: Handle) -> None:
         """The replica has ended."""
 
@@ -44,6 +47,11 @@ class LeaseClocks:
                 self._client.lease, list(handle.gpus), sm_clock_mhz=(None, want.clock_mhz), min_dwell_s=0.0, wait_s=0.0,
                 reason=f"replica {handle.id}: {want.reason}"[:200],
             )  # fmt: skip
+
+    def holds(self, handle: Handle) -> bool:
+        """Whether its lease lives."""
+        lease = self._leases.get(handle.id)
+        return lease is not None and lease.held
 
     async def release(self, handle: Handle) -> None:
         """Give the lease back."""
@@ -72,6 +80,10 @@ class ReplicaClocks:
             tbt_s=slo.tbt_s, gpus=list(handle.gpus), tp=want.tp, profile=self._profile,
         )  # fmt: skip
         self._replicas[handle.id] = (want.pool, replica)
+
+    def holds(self, handle: Handle) -> bool:
+        """Whether it was registered; a registration that is lost renews itself."""
+        return handle.id in self._replicas
 
     async def release(self, handle: Handle) -> None:
         """Release the replica."""

@@ -139,7 +139,10 @@ class Reconfigurer:
             self._note("emergency", "fleet", f"{moved} waiting requests are sent elsewhere, {rejected} are rejected")
         for want in plan.instances:
             replica = self.replicas.get(want.id or "")
-            if replica is not None and replica.phase is Phase.SERVING and replica.want.clock_mhz != want.clock_mhz:
+            if replica is None or replica.phase is not Phase.SERVING:
+                continue
+            lost = self._clocks is not None and not self._clocks.holds(replica.handle)
+            if lost or replica.want.clock_mhz != want.clock_mhz:
                 replica.want = replace(replica.want, clock_mhz=want.clock_mhz)
                 await self._hold(replica)
         if self._change is None or self._change.done():

@@ -11,11 +11,12 @@ from typing import Any
 
 import aiohttp
 
-from powerd import clock as clocks
+from powerd import clock as time_of
 from powerd.sim import enginemodels
 from powerd.sim.engine import Engine, Options, SimulatedGpus
 from powerd.sim.engine.server import Fault, Server
 from powerd.sim.node import SimNode
+from powerd_integrations.fleet.clocks import Clocks
 from powerd_integrations.fleet.front import Front, FrontOptions
 from powerd_integrations.fleet.launcher import Handle, NoGpusError
 from powerd_integrations.fleet.reconfigure import Reconfigurer, Times
@@ -151,7 +152,9 @@ def plan(*instances: tuple[str, int], clock_mhz: int = 1980, pools: tuple[str, .
     return FleetPlan(tuple(InstanceWant(None, pool, tp, clock_mhz) for pool, tp in instances), dict.fromkeys(NAMES, names))
 
 
-def run(node: SimNode, body: Callable[[Rig], Awaitable[None]], start_s: float = 100.0, **options: Any) -> None:
+def run(
+    node: SimNode, body: Callable[[Rig], Awaitable[None]], start_s: float = 100.0, clocks: Clocks | None = None, **options: Any
+) -> None:
     """Run a test's body on a loop of the node's clock."""
     node.load()
 
@@ -160,7 +163,9 @@ def run(node: SimNode, body: Callable[[Rig], Awaitable[None]], start_s: float = 
             session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
             front = await stack.enter_async_context(Front(MODEL, FrontOptions(**{"queue_timeout_s": 300.0, **options})))
             launcher = Local(node)
-            fleet = Reconfigurer(launcher, front, times=Times(start_s=start_s, drain_s=120, stop_s=30, probe_s=0.2, retry_s=0.5))
+            fleet = Reconfigurer(
+                launcher, front, clocks=clocks, times=Times(start_s=start_s, drain_s=120, stop_s=30, probe_s=0.2, retry_s=0.5)
+            )
             try:
                 await body(Rig(launcher, front, fleet, session))
             finally:
@@ -170,4 +175,4 @@ def run(node: SimNode, body: Callable[[Rig], Awaitable[None]], start_s: float = 
             assert not launcher.running
             assert tally.received == sum(tally.outcomes.values())
 
-    clocks.run(clocks.SimClock(node.library), main())
+    time_of.run(time_of.SimClock(node.library), main())

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from powerd.sim import node as nodes
+from powerd_integrations.fleet.launcher import Handle
 from powerd_integrations.fleet.steps import TABLE, Event, IllegalStepError, Phase, Present, after, difference
 from powerd_policies.dynamollm.fleet import FleetPlan, InstanceWant
 from tests.integrations.fleet.rig import Rig, plan, run
@@ -225,6 +226,55 @@ def test_in_an_emergency_waiting_requests_go_elsewhere_or_are_rejected(node: nod
         assert rig.front.tally.outcomes == {"answered": 28 - len(shed), "rejected": len(shed)}
 
     run(node, body)
+
+
+class Book:
+    """Clocks that are written down; ``lost`` ones are not in force any more."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[str, int]] = []
+        self.lost: set[str] = set()
+        self.away = False
+
+    async def hold(self, handle: Handle, want: InstanceWant) -> None:
+        if self.away:
+            raise OSError("no powerd")
+        self.held.append((handle.id, want.clock_mhz))
+        self.lost.discard(handle.id)
+
+    def holds(self, handle: Handle) -> bool:
+        return handle.id not in self.lost and any(id_ == handle.id for id_, _ in self.held)
+
+    async def release(self, handle: Handle) -> None:
+        self.held.append((handle.id, 0))
+
+
+def test_clocks_follow_the_plan_and_come_back_when_they_were_lost(node: nodes.SimNode) -> None:
+    book = Book()
+
+    async def body(rig: Rig) -> None:
+        book.away = True
+        await rig.fleet.apply(plan(("all", 2)))
+        (id_,) = rig.fleet.replicas
+        assert kinds(rig).count("clock") == 1, "without powerd it serves all the same, and that is said"
+        assert (await rig.ask()).complete
+        book.away = False
+
+        def at(clock_mhz: int) -> FleetPlan:
+            wanted = plan(("all", 2), clock_mhz=clock_mhz)
+            return replace(wanted, instances=tuple(replace(want, id=id_) for want in wanted.instances))
+
+        for clock_mhz in (1980, 1980, 1500, 1500):
+            await rig.fleet.follow(at(clock_mhz))
+        assert book.held == [(id_, 1980), (id_, 1500)], "as soon as it can be, and nothing twice"
+        book.lost.add(id_)
+        await rig.fleet.follow(at(1500))
+        assert book.held[2:] == [(id_, 1500)]
+        assert [s.clock_mhz for s in rig.fleet.states()] == [1500]
+        await rig.fleet.close()
+        assert book.held[3:] == [(id_, 0)]
+
+    run(node, body, clocks=book)
 
 
 def test_arrivals_are_counted_by_class_with_their_tokens(node: nodes.SimNode) -> None:

@@ -92,7 +92,7 @@ def _show(
         with stage(gpus, "real") as here:
             summary |= _kill(here, gpus, summary["hold_mhz"])
     if "serve" in parts:
-        summary["service"] = service.serve(out, gpus, serving_s)
+        summary["service"] = service.serve(out, serving_s)
     (out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return 0 if summary.get("restored", True) else 1
 

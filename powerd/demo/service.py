@@ -20,6 +20,7 @@ from powerd.demo.training import Energy
 
 MODULE = "powerd_integrations.simulated_service"
 MODEL = "h100-sxm"
+GPUS = 8  # SinglePool is one instance of tensor parallelism 8
 POLICIES = {"singlepool": "SinglePool", "dynamollm": "DynamoLLM"}
 PATIENCE_S = 60.0  # real, without a word of the service
 
@@ -66,15 +67,15 @@ class Served:
         return sum(clocks) / len(clocks) if clocks else None
 
 
-def serve(out: Path, gpus: int, seconds: float = 600.0) -> dict[str, Any]:
+def serve(out: Path, seconds: float = 600.0) -> dict[str, Any]:
     """Run it, print it, draw it; the figures as plain data. DemoError when a policy does not serve the whole trace."""
     from powerd.demo.servicepicture import draw
 
-    print(f"\nServing: Llama-2-70B on {gpus} H100, {seconds:.0f} s of a conversation trace over HTTP, as SinglePool (all GPUs"
+    print(f"\nServing: Llama-2-70B on {GPUS} H100, {seconds:.0f} s of a conversation trace over HTTP, as SinglePool (all GPUs"
           " one instance\nat full clock) and as DynamoLLM. Engines and watts are modelled,"
           " all numbers below are simulated.")  # fmt: skip
     began_s = time.monotonic()
-    with stage(gpus, "stepped", latency=1.0, fit_on=None, model=MODEL) as here:
+    with stage(GPUS, "stepped", latency=1.0, fit_on=None, model=MODEL) as here:
         child = here.start("service", "-m", MODULE, "--ask", "--seconds", str(seconds), "--policies", ",".join(POLICIES))
         setting = child.next(START_S)
         here.go()

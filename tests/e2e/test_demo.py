@@ -165,11 +165,28 @@ def check_training(page: str, said: str) -> None:
         assert old == pytest.approx(new, rel=0.01, abs=0.5), "make demo, its words into docs/demo.md"
 
 
+def check_service(page: str, said: str) -> None:
+    """The figures of the service: the same decisions, and energies and latencies as close as two runs are."""
+
+    def of(text: str) -> list[tuple[str, list[float]]]:
+        lines = [
+            line.rstrip() for line in text.splitlines() if re.match(r"SinglePool |DynamoLLM|  DynamoLLM at|SLO|Energy", line)
+        ]
+        number = r"\d+\.?\d*"
+        return [(re.sub(rf"{number}| ", "", line), [float(n) for n in re.findall(number, line)]) for line in lines]
+
+    there, here = of(page), of(said)
+    assert [words for words, _ in there] == [words for words, _ in here]
+    assert len(there) >= 6
+    for (_, old), (_, new) in zip(there, here, strict=True):
+        assert old == pytest.approx(new, rel=0.03, abs=1.0), "make demo, its words into docs/demo.md"
+
+
 @pytest.mark.xdist_group("demo")
 def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str, Any]]) -> None:
     folder, said, _ = whole
     page = (ROOT / "docs/demo.md").read_text()
-    shown, trained = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    shown, trained, served = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
 
     def numbers(text: str) -> list[list[str]]:
         lines = [line for line in text.splitlines() if re.match(r" *\d+ MHz |within|  (all|clocks that)", line)]
@@ -181,7 +198,9 @@ def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str
         for old, new in zip(one, two, strict=True):
             last_digit = 10.0 ** -len(old.partition(".")[2]) if "." in old else 0.0
             assert float(old) == pytest.approx(float(new), abs=1.01 * last_digit), "make demo, its table into docs/demo.md"
-    check_training(trained, said[said.index("Measured online") :])
+    begins = said.index("Serving:")
+    check_training(trained, said[said.index("Measured online") : begins])
+    check_service(served, said[begins:])
     kept, drawn = ((folder / name).read_text() for folder, name in ((ROOT / "docs/pictures", "demo.svg"), (folder, DRAWN)))
     assert "simulated" in kept
     number = r"-?\d+\.\d+"
@@ -190,7 +209,7 @@ def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("part", ["sweep", "train"])
+@pytest.mark.parametrize("part", ["sweep", "train", "serve"])
 def test_interrupted_at_any_time_it_leaves_nothing_running(tmp_path: Path, number: signal.Signals, part: str) -> None:
     words = ["--parts", part, "--gpus", "2", "--seconds", "3000"]
     child = subprocess.Popen(

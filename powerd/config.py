@@ -12,7 +12,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -147,6 +147,35 @@ class InfluxConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicasConfig:
+    """``[replicas]``: how inference replicas are followed (docs/inference.md)."""
+
+    scrape_s: float = _key(1.0, "seconds between two looks at an engine's metrics page", low=0.1, high=10)
+    timeout_s: float = _key(1.0, "seconds that an engine may take to answer", low=0.05, high=10)
+    stale_s: float = _key(4.0, "full clock when no page could be believed for so many seconds", low=0.2, high=120)
+    good_scrapes: int = _key(3, "good pages in a row before a clock is lowered again", low=1, high=100)
+    window_s: float = _key(15.0, "seconds over which latencies are judged", low=1, high=600)
+    park_after_s: float = _key(10.0, "an engine with nothing to do for so long is idle: its clock is parked", low=0.5, high=3600)
+    allowed_hosts: str = _key("", "hosts beside this one whose metrics pages may be read, comma separated")
+    profile_dir: str = _key("", "folder with the site's own engine profiles; empty: those that come with powerd")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticReplica:
+    """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
+
+    name: str = _key("", "its name on this node")
+    pool: str = _key("", "the pool of alike replicas that it belongs to")
+    gpus: tuple[str, ...] = _key((), "UUIDs of its GPUs")
+    metrics_url: str = _key("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
+    ttft_s: float = _key(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
+    tbt_s: float = _key(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
+    tp: int = _key(1, "tensor parallelism", low=1, high=64)
+    engine: str = _key("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
+    profile: str = _key("", "engine profile; empty: the clock is parked when idle and full otherwise")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of powerd's configuration; immutable, replaced as a whole."""
 
@@ -160,6 +189,13 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     influx: InfluxConfig = field(default_factory=InfluxConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    replica: tuple[StaticReplica, ...] = ()
+
+
+def sections() -> list[str]:
+    """The names of the ``[sections]``; ``[[replica]]`` is a list of its own."""
+    return [f.name for f in fields(Config) if f.name != "replica"]
 
 
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:
@@ -233,7 +269,11 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(type(item) is str for item in value):
+            raise ConfigError(f"{where}: expected a list of strings, got {value!r}")
+        value = tuple(value)
+    elif type(value) is not kind:
         raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
     low, high, one_of = metadata.get("low"), metadata.get("high"), metadata.get("one_of")
     if low is not None and not low <= value <= high:
@@ -250,11 +290,15 @@ def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> C
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
     config = base or Config()
-    sections = {f.name: f for f in fields(Config)}
+    known_sections = sections()
     for section, content in data.items():
-        if section not in sections or not isinstance(content, dict):
+        if section == "replica" and isinstance(content, list):
+            config = replace(config, replica=(*config.replica, *_static_replicas(content, text, file, config.replica)))
+            continue
+        if section not in known_sections or not isinstance(content, dict):
             at = f"{file}:{_line_of(text, section, '')}"
-            raise ConfigError(f"{at}: unknown section or key {section!r}", hint=_nearest(section, sections))
+            hint = "[[replica]], once for each" if section == "replica" else _nearest(section, known_sections)
+            raise ConfigError(f"{at}: unknown section or key {section!r}", hint=hint)
         current = getattr(config, section)
         hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
         changes = {}
@@ -273,6 +317,29 @@ def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> C
         if b and a > b:
             raise ConfigError(f"{file}: {name}.{low} {a:g} is above {name}.{high} {b:g}")
     return config
+
+
+def _static_replicas(rows: list[Any], text: str, file: str, before: tuple[StaticReplica, ...]) -> list[StaticReplica]:
+    """The ``[[replica]]`` tables of one file; nobody's name is taken twice."""
+    hints, known = get_type_hints(StaticReplica), {f.name: f for f in fields(StaticReplica)}
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*[\"']?replica[\"']?\s*\]\]", line)]
+    taken, found = {r.name for r in before}, []
+    for number, row in enumerate(rows):
+        at = f"{file}:{starts[number] if number < len(starts) else 1}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{at}: replica has to be a table", hint="[[replica]]")
+        for key in row:
+            if key not in known:
+                raise ConfigError(f"{at}: unknown key replica.{key}", hint=_nearest(key, known))
+        if missing := [key for key in ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s") if not row.get(key)]:
+            raise ConfigError(f"{at}: replica without {', '.join(missing)}")
+        values = {k: _check(f"{at}: replica.{k}", v, hints[k], known[k].metadata) for k, v in row.items()}
+        replica = StaticReplica(**values)
+        if replica.name in taken:
+            raise ConfigError(f"{at}: replica {replica.name!r} is there twice")
+        taken.add(replica.name)
+        found.append(replica)
+    return found
 
 
 def _read(path: Path, trusted: bool) -> str:
@@ -304,7 +371,6 @@ def load(path: Path | None = None, *, trusted: bool = True) -> Config:
 def keys() -> list[tuple[str, str, Any, str]]:
     """Every key as (section, key, default, help): the documentation page is made from this."""
     rows: list[tuple[str, str, Any, str]] = []
-    for section in fields(Config):
-        if section.default_factory is not MISSING and is_dataclass(section.default_factory):
-            rows += [(section.name, f.name, f.default, str(f.metadata["help"])) for f in fields(section.default_factory)]
+    for section in sections():
+        rows += [(section, f.name, f.default, str(f.metadata["help"])) for f in fields(getattr(Config(), section))]
     return rows

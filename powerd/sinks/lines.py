@@ -113,6 +113,11 @@ class InferenceRow:
     tbt_p99_s: float | None = None
     energy_j: float | None = None
     slo_share: float | None = None  # of requests that met theirs
+    fresh_replicas: int | None = None  # whose metrics are believed
+    running: int | None = None
+    power_w: float | None = None
+    ttft_slo_s: float | None = None  # the strictest
+    tbt_slo_s: float | None = None
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -269,6 +274,8 @@ class Lines:
             "ttft_p50_seconds": row.ttft_p50_s, "ttft_p99_seconds": row.ttft_p99_s,
             "tbt_p50_seconds": row.tbt_p50_s, "tbt_p99_seconds": row.tbt_p99_s,
             "energy_joules": row.energy_j, "slo_ratio": row.slo_share,
+            "fresh_replicas": row.fresh_replicas, "running": row.running, "power_watts": row.power_w,
+            "ttft_slo_seconds": row.ttft_slo_s, "tbt_slo_seconds": row.tbt_slo_s,
         }  # fmt: skip
         return self._own("inference", {"pool": self.guards["pool"](row.pool, row.wall_ns)}, fields, row.wall_ns // 1_000_000)
 

@@ -20,13 +20,14 @@ from powerd.sinks.metrics import METRICS
 FILES = sorted(path.name for path in HERE.glob("*.json"))
 DASHBOARDS = {name: json.loads((HERE / name).read_text()) for name in FILES}
 RULES = HERE.parent / "prometheus" / "powerd.rules.yml"
+PLANNED = {"powerd_desired_replicas", "powerd_desired_clock_hertz"}  # of the planner's page, not of a node's
 each = pytest.mark.parametrize("name", FILES)
 
 
 def names_of_metrics() -> set[str]:
-    """Every series name that the page can have."""
+    """Every series name that the daemon's page can have, and the fleet planner's."""
     suffixes = {"counter": ("_total",), "gauge": ("",), "summary": ("_sum", "_count")}
-    return {metric.name + suffix for metric in METRICS for suffix in suffixes[metric.kind]}
+    return {metric.name + suffix for metric in METRICS for suffix in suffixes[metric.kind]} | PLANNED
 
 
 def things(node: Any) -> Iterator[dict[str, Any]]:

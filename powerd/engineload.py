@@ -15,7 +15,8 @@ from powerd.clock import NS
 from powerd.enginepage import EnginePage, Histogram, PageError
 from powerd.replicatypes import SloSpec
 
-RATE_S = 5.0  # rates are over so long, at most
+RATE_S = 5.0  # rates are over so long at most,
+RATE_MIN_S = 2.0  # and over so long at least: few requests in a moment are no rate
 _P50, _P99 = 0.5, 0.99
 
 
@@ -82,11 +83,11 @@ class LoadWindow:
             ((t, p) for t, p in list(self._pages)[:-1] if t >= end_ns - round(RATE_S * NS)),
             self._pages[max(0, len(self._pages) - 2)],
         )
-        span_s = (end_ns - recent_ns) / NS
+        span_s, shortest_s = (end_ns - recent_ns) / NS, min(RATE_MIN_S, self._window_ns / NS)
 
         def rate(of: Callable[[EnginePage], float | None]) -> float | None:
             now, before = of(page), of(recent)
-            return None if now is None or before is None or span_s <= 0 else (now - before) / span_s
+            return None if now is None or before is None or span_s < shortest_s else (now - before) / span_s
 
         def answered(p: EnginePage) -> float | None:
             return None if p.ttft is None else p.ttft.total

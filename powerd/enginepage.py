@@ -159,7 +159,7 @@ def parse(text: str, engine: str = "auto") -> EnginePage:
 
 
 def _take(found: _Found, line: str) -> None:
-    name = re.split(r"[{ \t]", line, maxsplit=1)[0]
+    name = line.partition("{")[0].partition(" ")[0]
     histogram = name in _HISTOGRAMS
     if not histogram and name not in _PLAIN:
         return

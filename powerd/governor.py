@@ -15,7 +15,8 @@ from powerd.engineload import Figures
 from powerd.policytable import InstanceLoad, InstancePolicy
 from powerd.replicatypes import SloSpec
 
-RELAX_S = 60.0  # without a broken promise, after which one step of what was learned from the last one is forgotten
+STEP_SHARE = 0.05  # of the highest clock: so much more after each broken promise
+RELAX_S = 60.0  # without one, after which a step is forgotten
 
 
 class State(StrEnum):
@@ -73,7 +74,7 @@ class Governor:
         self._good = 0
         self._good_s = now_s  # when the newest good page came
         self._busy_s = now_s  # when there was something to do
-        self._steps = 0  # clocks above the decided one: what broken promises have taught
+        self._steps = 0  # above the decided clock: what broken promises have taught
         self._broken = False
         self._kept_s = now_s  # since when promises are kept
 
@@ -93,10 +94,11 @@ class Governor:
             return self._full(_complaint(figures, self._slo))
         if decision.clock_mhz >= self._policy.max_mhz:
             return self._full(decision.reason)
-        at = bisect_left(self._clocks, decision.clock_mhz) + self._steps  # never below what was decided
+        more_mhz = round(self._steps * STEP_SHARE * self._policy.max_mhz)
+        at = bisect_left(self._clocks, decision.clock_mhz + more_mhz)  # never below what was decided
         if at >= len(self._clocks) - 1:
             return self._full(decision.reason)
-        more = f", {self._steps} up since the SLO was missed" if self._steps else ""
+        more = f", and {more_mhz} MHz since the SLO was missed" if more_mhz else ""
         self.ceiling = Ceiling(self._clocks[at], decision.reason + more)
         return self.ceiling
 
@@ -112,7 +114,7 @@ class Governor:
         if self.state in (State.STARTING, State.STALE):
             self._good = 0
             return self._full(f"no metrics: {why}")
-        if age_s < self._stale_s:
+        if age_s < self._stale_s and self.state is not State.IDLE:  # while it is parked nobody waits to see what has come
             return self.ceiling
         self._good = 0
         self._go(Sign.SILENT)
@@ -126,10 +128,10 @@ class Governor:
         return self.ceiling
 
     def _learn(self, now_s: float, figures: Figures, *, busy: bool) -> None:
-        """A broken promise lifts all later decisions by one clock; a long time without one takes a step back."""
+        """A promise broken at a lowered clock lifts all later decisions; a long time without one takes a step back."""
         broken = busy and figures.within_slo is False
-        if broken and not self._broken:
-            self._steps = min(self._steps + 1, len(self._clocks))
+        if broken and not self._broken and self.ceiling.clock_mhz is not None:
+            self._steps = min(self._steps + 1, round(1 / STEP_SHARE))
         elif not broken and self._steps and now_s - self._kept_s >= RELAX_S:
             self._steps -= 1
             self._kept_s = now_s

@@ -126,8 +126,8 @@ class Handlers:
         def sees(event: Event) -> bool:
             if event.uuid is not None:
                 return self._view(call, event.uuid) is View.FULL
-            if event.kind.startswith("lease_"):
-                lease = self.engine.book.get(event.subject or "")
+            if event.kind.startswith(("lease_", "replica_")):
+                lease = self.engine.book.get(str(event.data.get("lease") or event.subject or ""))
                 return lease is not None and self.may_see(call, lease)
             return True
 

@@ -22,6 +22,7 @@ from powerd.policytable import Slo, instance_policy
 from powerd.replicatypes import ReplicaRequest, ReplicaView
 from powerd.scrape import NoPageError, Reader, source_of
 
+_ALIVE = (Health.UP, Health.SUSPECT)
 _IN_A_THREAD = 1 << 18  # characters: parsing more takes longer than a tick may
 
 
@@ -38,7 +39,7 @@ class Joules:
 
     def observe(self, snapshot: Snapshot | None) -> None:
         """Take the newest snapshot."""
-        readings = [] if snapshot is None else [r for r in snapshot.readings if r.uuid in self._gpus and r.health is Health.UP]
+        readings = [] if snapshot is None else [r for r in snapshot.readings if r.uuid in self._gpus and r.health in _ALIVE]
         for reading in readings:
             if reading.energy_mj is None:
                 continue
@@ -105,7 +106,10 @@ class Replica:
         try:
             while True:
                 began_ns = self._clock.now_ns()
-                await self.look()
+                try:
+                    await self.look()
+                except Exception as error:  # of those who were told; the page's own troubles end in full clock
+                    log("replica_failed", replica=self.request.name, why=repr(error))
                 left_s = self._config.scrape_s - seconds(self._clock.now_ns() - began_ns)
                 await asyncio.sleep(max(left_s, self._config.scrape_s / 10))
         finally:

@@ -20,6 +20,8 @@ from powerd.model import Control, LeaseState
 from powerd.replicatypes import ReplicaRequest
 from powerd.wants import check_frame, lease_of
 
+LEASE_PREFIX = "r"
+
 
 def reason_of(request: ReplicaRequest, why: str = "") -> str:
     """What others read on the lease."""
@@ -41,7 +43,7 @@ def grant(engine: Engine, who: Principal, request: ReplicaRequest, watch: Callab
         raise RequestError(f"{limits.max_per_uid} leases of this user are open", hint="release some", code="too_many")
     token, hashed = new_token()
     lease = lease_of(
-        asked, lease_id=f"r{secrets.token_hex(6)}", token_hash=hashed, uid=uid, user=who.user, pid=who.pid,
+        asked, lease_id=f"{LEASE_PREFIX}{secrets.token_hex(6)}", token_hash=hashed, uid=uid, user=who.user, pid=who.pid,
         now_ns=engine.clock.now_ns(), default_ttl_s=limits.default_ttl_s, attach_s=ATTACH_S,
     )  # fmt: skip
     engine.book.put(lease)

@@ -21,9 +21,10 @@ from powerd.governor import Ceiling, State
 from powerd.lease import Lease, LeaseEvent
 from powerd.model import Control, LeaseEnd, LeaseState
 from powerd.policytable import Slo, instance_policy
+from powerd.reconcile import site_interval
 from powerd.replica import Change, Replica
 from powerd.replicafile import ReplicaFile
-from powerd.replicalease import grant, hold
+from powerd.replicalease import LEASE_PREFIX, grant, hold
 from powerd.replicatypes import ENGINES, ReplicaRequest, ReplicaView, SloSpec
 from powerd.scrape import source_of
 from powerd.sinks.lines import InferenceRow
@@ -80,27 +81,37 @@ class Replicas:
         self.on_row: Callable[[InferenceRow], None] = lambda row: None
         self._engine, self._file = engine, ReplicaFile(file)
         self._live: dict[str, Replica] = {}  # by lease
+        self._found: dict[str, ReplicaRequest] = {}  # by lease: of an earlier powerd, not followed yet
         self._static: dict[str, StaticReplica] = {}  # by lease
         self._refused: dict[str, str] = {}  # names of the configuration that wait, and why
         self._yielded: set[StaticReplica] = set()  # somebody else sets their clocks
         self._logged_ns = engine.clock.now_ns()
+        self._config = engine.config.replicas
 
     # --- life
 
     def start(self) -> None:
         """Take up the replicas whose leases an earlier powerd left; the clock is theirs again after good pages only."""
         saved = self._file.load()
-        for lease in [x for x in self._engine.leases.values() if x.id.startswith("r")]:
-            request = saved.get(lease.id)
-            try:
-                if request is None or lease.user == _STATIC.user:
-                    raise RequestError("not known any more")
-                self._check(request, lease.id)
-                self._follow(lease, request)
-            except PowerdError:
+        for lease in [x for x in self._engine.leases.values() if x.id.startswith(LEASE_PREFIX)]:
+            if (request := saved.get(lease.id)) is None:  # one of the configuration, among others: granted anew
                 self._engine.book.end(lease, LeaseEvent.REVOKE)
+            else:
+                hold(self._engine, lease, request, Ceiling(None, "powerd was restarted"))
+                self._found[lease.id] = request
+
+    def _take_up(self) -> None:
+        """Follow what was found at the start, as soon as the GPUs are known."""
+        while self._found and self._engine.node.capabilities:
+            lease_id, request = self._found.popitem()
+            if (lease := self._engine.leases.get(lease_id)) is None:
                 continue
-            hold(self._engine, lease, request, Ceiling(None, "powerd was restarted"))
+            try:
+                self._follow(lease, self._make(request, lease.uid))
+            except PowerdError as error:  # the configuration has changed meanwhile
+                self._engine.events.add("replica_refused", subject=request.name, detail=str(error), data={"lease": lease_id})
+                self._engine.book.end(lease, LeaseEvent.REVOKE)
+                self._engine.update()
 
     async def run(self) -> None:
         """Keep to the configuration and tell how pools do, until cancelled."""
@@ -114,6 +125,7 @@ class Replicas:
 
     def tick(self) -> None:
         """One round."""
+        self._take_up()
         self._keep_static()
         now_ns = self._engine.clock.now_ns()
         if now_ns - self._logged_ns >= round(LOG_S * NS):
@@ -125,16 +137,17 @@ class Replicas:
 
     def register(self, who: Principal, request: ReplicaRequest, watch: Callable[[Lease], None]) -> tuple[Lease, str]:
         """Register a replica: (its lease, the token). PowerdError when it cannot be, and nothing has changed."""
-        config = self._engine.config.replicas
-        check_replica(request, config.allowed_hosts, config.profile_dir)
+        self._take_up()
         earlier = self._earlier(who, request)
         self._check(request, None if earlier is None else earlier.id)
         if len(self._live) >= MAX_REPLICAS and earlier is None:
             raise RequestError(f"{MAX_REPLICAS} replicas are registered", hint="release some", code="too_many")
+        replica = self._make(request, who.uid)
         lease, token = grant(self._engine, who, request, watch)
         if earlier is not None:
             self._engine.book.end(earlier, LeaseEvent.RELEASE)
-        self._follow(lease, request)
+            self._engine.update()
+        self._follow(lease, replica)
         self._tell_registered(lease, request)
         return lease, token
 
@@ -159,11 +172,14 @@ class Replicas:
                 what = f"{min(shared)} is of replica {known.request.name!r}"
                 raise RequestError(what, hint="one replica a GPU: release the other", code="conflict")
 
-    def _follow(self, lease: Lease, request: ReplicaRequest) -> None:
-        engine = self._engine
-        replica = Replica(
-            request, lease.uid, self._clocks(request), engine.clock, engine.config.replicas, lambda: engine.node.snapshot
-        )
+    def _make(self, request: ReplicaRequest, uid: int | None) -> Replica:
+        """A replica that is not followed yet; RequestError when it cannot be."""
+        engine, config = self._engine, self._engine.config.replicas
+        check_replica(request, config.allowed_hosts, config.profile_dir)
+        clocks_mhz = self._clocks(request)
+        return Replica(request, -1 if uid is None else uid, clocks_mhz, engine.clock, config, lambda: engine.node.snapshot)
+
+    def _follow(self, lease: Lease, replica: Replica) -> None:
         replica.lease = lease.id
         replica.on_ceiling, replica.on_change = self._ceiling, self._changed
         self._live[lease.id] = replica
@@ -181,7 +197,7 @@ class Replicas:
         return tuple(sorted(common or ()))
 
     def _save(self) -> None:
-        known = {lease_id: r.request for lease_id, r in self._live.items() if lease_id not in self._static}
+        known = self._found | {lease_id: r.request for lease_id, r in self._live.items() if lease_id not in self._static}
         if (error := self._file.save(known)) is not None:
             self._engine.events.add("replica_file_unwritable", detail=str(error))
 
@@ -191,17 +207,30 @@ class Replicas:
         """A lease has been granted, has changed its state or has ended."""
         if lease.live or (replica := self._live.pop(lease.id, None)) is None:
             return
-        replica.stop()
-        self.pools.leave(replica)
+        self._leave(replica)
         if (static := self._static.pop(lease.id, None)) is not None and lease.end is LeaseEnd.DRIFT:
             self._yielded.add(static)
         self._save()
-        self._engine.events.add("replica_released", subject=replica.request.name, detail=str(lease.end))
+        data: dict[str, str | int | float | bool | None] = {"pool": replica.request.pool, "lease": lease.id}
+        self._engine.events.add("replica_released", subject=replica.request.name, detail=str(lease.end), data=data)
+
+    def _leave(self, replica: Replica) -> ReplicaRequest:
+        replica.stop()
+        self.pools.leave(replica)
+        return replica.request
 
     def _ceiling(self, replica: Replica, ceiling: Ceiling) -> None:
         lease = self._engine.leases.get(replica.lease or "")
         if lease is not None:
-            hold(self._engine, lease, replica.request, ceiling)
+            hold(self._engine, lease, replica.request, self._within_site(replica.request, ceiling))
+
+    def _within_site(self, request: ReplicaRequest, ceiling: Ceiling) -> Ceiling:
+        """A ceiling below the site's own lower bound would be refused: the lowest clock that the site allows, then."""
+        site = site_interval(self._engine.config.limits, Control.SM_CLOCK)
+        if site is None or ceiling.clock_mhz is None or ceiling.clock_mhz >= site.low:
+            return ceiling
+        lowest = next((c for c in self._clocks(request) if c >= site.low), None)
+        return Ceiling(lowest, f"{ceiling.reason}, raised to the site's limit")
 
     def _changed(self, replica: Replica, change: Change) -> None:
         kind = _SUBJECTS.get(change.after)
@@ -210,14 +239,22 @@ class Replicas:
         elif change.before is State.STARTING:
             kind = "replica_controlled"
         if kind is not None:
-            self._engine.events.add(kind, subject=replica.request.name, detail=change.why, data={"pool": replica.request.pool})
+            data: dict[str, str | int | float | bool | None] = {"pool": replica.request.pool, "lease": replica.lease}
+            self._engine.events.add(kind, subject=replica.request.name, detail=change.why, data=data)
 
     # --- the configuration's own
 
     def apply_config(self) -> None:
-        """The configuration was read anew; replicas that it has changed begin anew."""
+        """The configuration was read anew: what it says of replicas holds for all of them, who begin anew."""
         self._yielded.clear()
         self._refused.clear()
+        if self._config != (config := self._engine.config.replicas):
+            self._config = config
+            for lease_id in [x for x in self._live if x not in self._static]:
+                self._found[lease_id] = self._leave(self._live.pop(lease_id))
+            for lease_id in list(self._static):
+                self._engine.book.end(self._engine.leases[lease_id], LeaseEvent.RELEASE)
+            self._take_up()
         self._keep_static()
 
     def _keep_static(self) -> None:
@@ -249,9 +286,10 @@ class Replicas:
         if any(known.request.name == request.name for known in self._live.values()):
             raise RequestError(f"{request.name!r} is registered already", code="conflict")
         self._check(request, None)
+        replica = self._make(request, _STATIC.uid)
         lease, _ = grant(self._engine, _STATIC, request, lambda lease: None)
         self._static[lease.id] = static
-        self._follow(lease, request)
+        self._follow(lease, replica)
         data: dict[str, str | int | float | bool | None] = {
             "pool": request.pool,
             "tp": request.tp,

@@ -6,9 +6,11 @@ unrelated metrics of a real one left out.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,20 @@ class Engine:
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     labels: str = 'engine="0",model_name="test"'
+    requests_per_s: float = 0  # from now on, by themselves: 300 prompt tokens, answered in 0.2 s, and 20 tokens 0.03 s apart
+    _due: float = 0
+    _at_s: float = field(default_factory=time.monotonic)
 
     def page(self) -> str:
+        now_s = time.monotonic()
+        passed_s, self._at_s = now_s - self._at_s, now_s
+        self._due += self.requests_per_s * passed_s
+        while self._due >= 1:
+            self._due -= 1
+            self.prompt_tokens += 300
+            self.output_tokens += 20
+            self.ttft.append(0.2)
+            self.gaps += [0.03] * 20
         lines = [
             "# HELP vllm:num_requests_running Number of requests in model execution batches.",
             "# TYPE vllm:num_requests_running gauge",
@@ -64,17 +78,21 @@ class _UnixServer(http.server.ThreadingHTTPServer):
 class Endpoint:
     """Serves ``content()`` at /metrics on loopback or a Unix socket; counts who asked."""
 
-    def __init__(self, engine: Engine, path: Path | None = None) -> None:
+    def __init__(self, engine: Engine, path: Path | None = None, port: int = 0) -> None:
         self.engine = engine
         self.text: str | bytes | None = None  # instead of the engine's page
         self.status, self.headers = 200, {}  # type: ignore[var-annotated]
-        self.asked = 0
+        self.asked = self.connections = 0
         self.release = threading.Event()
         self.release.set()
         endpoint = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                endpoint.connections += 1
+                super().setup()
 
             def do_GET(self) -> None:
                 endpoint.asked += 1
@@ -88,15 +106,20 @@ class Endpoint:
                 self.end_headers()
                 self.wfile.write(body)
 
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):
+                    super().handle()
+
             def address_string(self) -> str:
                 return "test"
 
             def log_message(self, *_: object) -> None:
                 return None
 
-        self._server = _UnixServer(str(path), Handler) if path else http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _UnixServer(str(path), Handler) if path else http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
-        self.url = f"unix:{path}:/metrics" if path else f"http://127.0.0.1:{self._server.server_address[1]}/metrics"
+        self.port = 0 if path else int(self._server.server_address[1])
+        self.url = f"unix:{path}:/metrics" if path else f"http://127.0.0.1:{self.port}/metrics"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 

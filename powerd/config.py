@@ -15,14 +15,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from powerd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    T = TypeVar("T", bound=DataclassInstance)
 
 SYSTEM_FILE = Path("/etc/powerd/powerd.toml")
 
 
-def _key(default: Any, text: str, *, low: float | None = None, high: float | None = None, one_of: tuple[str, ...] = ()) -> Any:
+def knob(default: Any, text: str, *, low: float | None = None, high: float | None = None, one_of: tuple[str, ...] = ()) -> Any:
+    """A field of a section: its default, what it says in the documentation, and its bounds."""
     return field(default=default, metadata={"help": text, "low": low, "high": high, "one_of": one_of})
 
 
@@ -30,118 +36,118 @@ def _key(default: Any, text: str, *, low: float | None = None, high: float | Non
 class DaemonConfig:
     """``[daemon]``: the unprivileged unit."""
 
-    control: bool = _key(False, "false: monitor only, nothing is ever set; true: leases and policies may set clocks and limits")
-    run_dir: str = _key("", "where the API and attach sockets are made; empty: /run/powerd as root, else $XDG_RUNTIME_DIR/powerd")
-    state_dir: str = _key("", "leases, store, ledger; empty: /var/lib/powerd as root, else $XDG_STATE_HOME/powerd")
-    panic_file: str = _key("/etc/powerd/panic", "while this file exists every GPU is at baseline (a fleet can push it)")
-    reattach_s: float = _key(5.0, "seconds after a restart in which leases may come back by token", low=0.5, high=60)
+    control: bool = knob(False, "false: monitor only, nothing is ever set; true: leases and policies may set clocks and limits")
+    run_dir: str = knob("", "where the API and attach sockets are made; empty: /run/powerd as root, else $XDG_RUNTIME_DIR/powerd")
+    state_dir: str = knob("", "leases, store, ledger; empty: /var/lib/powerd as root, else $XDG_STATE_HOME/powerd")
+    panic_file: str = knob("/etc/powerd/panic", "while this file exists every GPU is at baseline (a fleet can push it)")
+    reattach_s: float = knob(5.0, "seconds after a restart in which leases may come back by token", low=0.5, high=60)
 
 
 @dataclass(frozen=True, slots=True)
 class HwConfig:
     """``[hw]``: the privileged unit."""
 
-    run_dir: str = _key("", "where hw.sock is made; empty: /run/powerd-hw as root, else $XDG_RUNTIME_DIR/powerd-hw")
-    journal_dir: str = _key("", "the journal; empty: /var/lib/powerd-hw as root, else $XDG_STATE_HOME/powerd-hw")
-    peer_user: str = _key("", "the user whose powerd may connect; empty: root and the user that runs hw")
-    sample_hz: float = _key(10.0, "samples per second and GPU", low=1, high=100)
-    grace_s: float = _key(5.0, "seconds that settings outlive a powerd that died", low=0.5, high=60)
-    read_deadline_s: float = _key(2.0, "a read that takes longer marks its GPU wedged", low=0.1, high=60)
-    write_deadline_s: float = _key(10.0, "a set that takes longer marks its GPU wedged", low=0.1, high=120)
-    min_dwell_s: float = _key(2.0, "minimum seconds between two steps down of one control", low=0, high=600)
-    powercap_dir: str = _key(
+    run_dir: str = knob("", "where hw.sock is made; empty: /run/powerd-hw as root, else $XDG_RUNTIME_DIR/powerd-hw")
+    journal_dir: str = knob("", "the journal; empty: /var/lib/powerd-hw as root, else $XDG_STATE_HOME/powerd-hw")
+    peer_user: str = knob("", "the user whose powerd may connect; empty: root and the user that runs hw")
+    sample_hz: float = knob(10.0, "samples per second and GPU", low=1, high=100)
+    grace_s: float = knob(5.0, "seconds that settings outlive a powerd that died", low=0.5, high=60)
+    read_deadline_s: float = knob(2.0, "a read that takes longer marks its GPU wedged", low=0.1, high=60)
+    write_deadline_s: float = knob(10.0, "a set that takes longer marks its GPU wedged", low=0.1, high=120)
+    min_dwell_s: float = knob(2.0, "minimum seconds between two steps down of one control", low=0, high=600)
+    powercap_dir: str = knob(
         "", "the powercap tree that CPU and DRAM energy is read from; empty: /sys/class/powercap, and none on a simulated node"
     )
-    drift: str = _key("yield", "when somebody else changes a setting that powerd holds", one_of=("yield", "warn", "enforce"))
+    drift: str = knob("yield", "when somebody else changes a setting that powerd holds", one_of=("yield", "warn", "enforce"))
 
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
     """``[limits]``: the site's own bounds; hw enforces them whatever powerd asks. 0 means the device's own bound."""
 
-    power_limit_min_w: float = _key(0.0, "never below, watts", low=0, high=10_000)
-    power_limit_max_w: float = _key(0.0, "never above, watts", low=0, high=10_000)
-    sm_clock_min_mhz: int = _key(0, "no lock below, MHz", low=0, high=10_000)
-    sm_clock_max_mhz: int = _key(0, "no lock above, MHz", low=0, high=10_000)
-    memory_clock_min_mhz: int = _key(0, "no lock below, MHz", low=0, high=20_000)
-    memory_clock_max_mhz: int = _key(0, "no lock above, MHz", low=0, high=20_000)
+    power_limit_min_w: float = knob(0.0, "never below, watts", low=0, high=10_000)
+    power_limit_max_w: float = knob(0.0, "never above, watts", low=0, high=10_000)
+    sm_clock_min_mhz: int = knob(0, "no lock below, MHz", low=0, high=10_000)
+    sm_clock_max_mhz: int = knob(0, "no lock above, MHz", low=0, high=10_000)
+    memory_clock_min_mhz: int = knob(0, "no lock below, MHz", low=0, high=20_000)
+    memory_clock_max_mhz: int = knob(0, "no lock above, MHz", low=0, high=20_000)
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineConfig:
     """``[baseline]``: what "restored" means. 0 = the limit found before the first write / clocks unlocked."""
 
-    power_limit_w: float = _key(0.0, "declared power limit, watts", low=0, high=10_000)
-    sm_clock_min_mhz: int = _key(0, "declared lock of the SM clock, lower end", low=0, high=10_000)
-    sm_clock_max_mhz: int = _key(0, "declared lock of the SM clock, upper end", low=0, high=10_000)
-    memory_clock_min_mhz: int = _key(0, "declared lock of the memory clock, lower end", low=0, high=20_000)
-    memory_clock_max_mhz: int = _key(0, "declared lock of the memory clock, upper end", low=0, high=20_000)
+    power_limit_w: float = knob(0.0, "declared power limit, watts", low=0, high=10_000)
+    sm_clock_min_mhz: int = knob(0, "declared lock of the SM clock, lower end", low=0, high=10_000)
+    sm_clock_max_mhz: int = knob(0, "declared lock of the SM clock, upper end", low=0, high=10_000)
+    memory_clock_min_mhz: int = knob(0, "declared lock of the memory clock, lower end", low=0, high=20_000)
+    memory_clock_max_mhz: int = knob(0, "declared lock of the memory clock, upper end", low=0, high=20_000)
 
 
 @dataclass(frozen=True, slots=True)
 class AccessConfig:
     """``[access]``: who may do what on the Unix socket."""
 
-    group: str = _key("powerd", "members of this Unix group may control every GPU, as may root and the daemon's own user")
-    open_reads: bool = _key(False, "single-tenant node: everybody may read every GPU at full rate")
+    group: str = knob("powerd", "members of this Unix group may control every GPU, as may root and the daemon's own user")
+    open_reads: bool = knob(False, "single-tenant node: everybody may read every GPU at full rate")
 
 
 @dataclass(frozen=True, slots=True)
 class LeasesConfig:
     """``[leases]``: bounds on leases."""
 
-    default_ttl_s: float = _key(60.0, "TTL of a lease that asks for none", low=1, high=86_400)
-    max_ttl_s: float = _key(86_400.0, "longest TTL; a heartbeat renews it", low=1, high=31_536_000)
-    max_per_uid: int = _key(256, "open leases per user", low=1, high=100_000)
+    default_ttl_s: float = knob(60.0, "TTL of a lease that asks for none", low=1, high=86_400)
+    max_ttl_s: float = knob(86_400.0, "longest TTL; a heartbeat renews it", low=1, high=31_536_000)
+    max_per_uid: int = knob(256, "open leases per user", low=1, high=100_000)
 
 
 @dataclass(frozen=True, slots=True)
 class TcpConfig:
     """``[tcp]``: the optional TCP listener; off unless ``listen`` is set."""
 
-    listen: str = _key("", 'address and port such as "127.0.0.1:9478"; empty: no TCP')
-    certificate: str = _key("", "PEM file of the server certificate; needed unless the address is loopback")
-    key: str = _key("", "PEM file of the private key")
-    token_file: str = _key("", "file with one bearer token; needed for everything but permitted loopback reads")
-    read_token_file: str = _key("", "file with a bearer token that reads everything and sets nothing, such as for Prometheus")
-    loopback_reads: bool = _key(False, "reads from loopback without a token")
+    listen: str = knob("", 'address and port such as "127.0.0.1:9478"; empty: no TCP')
+    certificate: str = knob("", "PEM file of the server certificate; needed unless the address is loopback")
+    key: str = knob("", "PEM file of the private key")
+    token_file: str = knob("", "file with one bearer token; needed for everything but permitted loopback reads")
+    read_token_file: str = knob("", "file with a bearer token that reads everything and sets nothing, such as for Prometheus")
+    loopback_reads: bool = knob(False, "reads from loopback without a token")
 
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     """``[store]``: the embedded SQLite store."""
 
-    enabled: bool = _key(True, "keep history on this node")
-    raw_hours: float = _key(48.0, "hours of 1 Hz samples", low=1, high=8_760)
-    minute_days: float = _key(30.0, "days of 1-minute roll-ups and of the steps of training jobs", low=1, high=3_650)
-    hour_days: float = _key(1_095.0, "days of 1-hour roll-ups, events and training jobs", low=1, high=36_500)
+    enabled: bool = knob(True, "keep history on this node")
+    raw_hours: float = knob(48.0, "hours of 1 Hz samples", low=1, high=8_760)
+    minute_days: float = knob(30.0, "days of 1-minute roll-ups and of the steps of training jobs", low=1, high=3_650)
+    hour_days: float = knob(1_095.0, "days of 1-hour roll-ups, events and training jobs", low=1, high=36_500)
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsConfig:
     """``[metrics]``: the Prometheus page."""
 
-    enabled: bool = _key(True, "serve /metrics")
-    dcgm: bool = _key(False, "serve /metrics/dcgm too: the same GPUs under dcgm-exporter's names, labels and units")
-    job_names: bool = _key(True, "series for every training job by its name; false where there are too many names")
+    enabled: bool = knob(True, "serve /metrics")
+    dcgm: bool = knob(False, "serve /metrics/dcgm too: the same GPUs under dcgm-exporter's names, labels and units")
+    job_names: bool = knob(True, "series for every training job by its name; false where there are too many names")
 
 
 @dataclass(frozen=True, slots=True)
 class InfluxConfig:
     """``[influx]``: history to an InfluxDB v2 server (or one that takes its writes); off unless ``url`` is set."""
 
-    url: str = _key("", 'such as "https://influx.example.org:8086"; empty: no InfluxDB')
-    org: str = _key("", "organisation")
-    bucket: str = _key("", "bucket; needed when url is set")
-    token_file: str = _key("", "file with a token that may write the bucket; empty: the systemd credential influx_token, if any")
-    ca_file: str = _key("", "PEM file of the authorities that may sign the server's certificate; empty: the system's")
-    insecure_http: bool = _key(False, "true: send the token in the clear to a server beyond this machine")
-    sample_hz: float = _key(1.0, "points per second and GPU: means of the samples in between", low=0.01, high=10)
-    batch_lines: int = _key(5000, "lines of one request at most", low=1, high=50_000)
-    timeout_s: float = _key(10.0, "seconds that one request may take", low=0.1, high=300)
-    spool_max_mib: int = _key(512, "MiB of unsent points (compressed) on disk; the oldest make room", low=1, high=1_000_000)
-    spool_max_days: float = _key(7.0, "days that an unsent point is kept", low=0.01, high=3_650)
-    tag_values_per_day: int = _key(
+    url: str = knob("", 'such as "https://influx.example.org:8086"; empty: no InfluxDB')
+    org: str = knob("", "organisation")
+    bucket: str = knob("", "bucket; needed when url is set")
+    token_file: str = knob("", "file with a token that may write the bucket; empty: the systemd credential influx_token, if any")
+    ca_file: str = knob("", "PEM file of the authorities that may sign the server's certificate; empty: the system's")
+    insecure_http: bool = knob(False, "true: send the token in the clear to a server beyond this machine")
+    sample_hz: float = knob(1.0, "points per second and GPU: means of the samples in between", low=0.01, high=10)
+    batch_lines: int = knob(5000, "lines of one request at most", low=1, high=50_000)
+    timeout_s: float = knob(10.0, "seconds that one request may take", low=0.1, high=300)
+    spool_max_mib: int = knob(512, "MiB of unsent points (compressed) on disk; the oldest make room", low=1, high=1_000_000)
+    spool_max_days: float = knob(7.0, "days that an unsent point is kept", low=0.01, high=3_650)
+    tag_values_per_day: int = knob(
         1000, 'different jobs (and pools) a day; what comes after is tagged "other"', low=1, high=1_000_000
     )
 
@@ -150,29 +156,31 @@ class InfluxConfig:
 class ReplicasConfig:
     """``[replicas]``: how inference replicas are followed (docs/inference.md)."""
 
-    scrape_s: float = _key(1.0, "seconds between two looks at an engine's metrics page", low=0.1, high=10)
-    timeout_s: float = _key(1.0, "seconds that an engine may take to answer", low=0.05, high=10)
-    stale_s: float = _key(4.0, "full clock when no page could be believed for so many seconds", low=0.2, high=120)
-    good_scrapes: int = _key(3, "good pages in a row before a clock is lowered again", low=1, high=100)
-    window_s: float = _key(15.0, "seconds over which latencies are judged", low=1, high=600)
-    park_after_s: float = _key(10.0, "an engine with nothing to do for so long is idle: its clock is parked", low=0.5, high=3600)
-    allowed_hosts: str = _key("", "hosts beside this one whose metrics pages may be read, comma separated")
-    profile_dir: str = _key("", "folder with the site's own engine profiles; empty: those that come with powerd")
+    scrape_s: float = knob(1.0, "seconds between two looks at an engine's metrics page", low=0.1, high=10)
+    timeout_s: float = knob(1.0, "seconds that an engine may take to answer", low=0.05, high=10)
+    stale_s: float = knob(4.0, "full clock when no page could be believed for so many seconds", low=0.2, high=120)
+    good_scrapes: int = knob(3, "good pages in a row before a clock is lowered again", low=1, high=100)
+    window_s: float = knob(15.0, "seconds over which latencies are judged", low=1, high=600)
+    park_after_s: float = knob(10.0, "an engine with nothing to do for so long is idle: its clock is parked", low=0.5, high=3600)
+    allowed_hosts: str = knob("", "hosts beside this one whose metrics pages may be read, comma separated")
+    profile_dir: str = knob("", "folder with the site's own engine profiles; empty: those that come with powerd")
 
 
 @dataclass(frozen=True, slots=True)
 class StaticReplica:
     """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
 
-    name: str = _key("", "its name on this node")
-    pool: str = _key("", "the pool of alike replicas that it belongs to")
-    gpus: tuple[str, ...] = _key((), "UUIDs of its GPUs")
-    metrics_url: str = _key("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
-    ttft_s: float = _key(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
-    tbt_s: float = _key(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
-    tp: int = _key(1, "tensor parallelism", low=1, high=64)
-    engine: str = _key("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
-    profile: str = _key("", "engine profile; empty: the clock is parked when idle and full otherwise")
+    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s")
+
+    name: str = knob("", "its name on this node")
+    pool: str = knob("", "the pool of alike replicas that it belongs to")
+    gpus: tuple[str, ...] = knob((), "UUIDs of its GPUs")
+    metrics_url: str = knob("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
+    ttft_s: float = knob(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
+    tbt_s: float = knob(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
+    tp: int = knob(1, "tensor parallelism", low=1, high=64)
+    engine: str = knob("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
+    profile: str = knob("", "engine profile; empty: the clock is parked when idle and full otherwise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +198,12 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     influx: InfluxConfig = field(default_factory=InfluxConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
-    replica: tuple[StaticReplica, ...] = ()
+    replica: tuple[StaticReplica, ...] = field(default=(), metadata={"rows": StaticReplica})
 
 
 def sections() -> list[str]:
     """The names of the ``[sections]``; ``[[replica]]`` is a list of its own."""
-    return [f.name for f in fields(Config) if f.name != "replica"]
+    return [f.name for f in fields(Config) if "rows" not in f.metadata]
 
 
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:
@@ -283,21 +291,45 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
     return value
 
 
-def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> Config:
-    """Check one TOML text and lay it over ``base`` (default: all defaults); ConfigError names file, line and remedy."""
+def _rows(kind: Any, section: str, rows: list[Any], text: str, file: str, before: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The ``[[section]]`` tables of one file after those of earlier ones; nobody's name is taken twice."""
+    hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    head = re.compile(rf"\s*\[\[\s*[\"']?{re.escape(section)}[\"']?\s*\]\]")
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if head.match(line)]
+    found = list(before)
+    for number, row in enumerate(rows):
+        at = f"{file}:{starts[number] if number < len(starts) else 1}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{at}: {section} has to be a table", hint=f"[[{section}]]")
+        for key in row:
+            if key not in known:
+                raise ConfigError(f"{at}: unknown key {section}.{key}", hint=_nearest(key, known))
+        if missing := [key for key in kind.NEEDED if not row.get(key)]:
+            raise ConfigError(f"{at}: {section} without {', '.join(missing)}")
+        made = kind(**{k: _check(f"{at}: {section}.{k}", v, hints[k], known[k].metadata) for k, v in row.items()})
+        if any(made.name == other.name for other in found):
+            raise ConfigError(f"{at}: {section} {made.name!r} is there twice")
+        found.append(made)
+    return tuple(found)
+
+
+def lay(text: str, file: str, base: T) -> T:
+    """Check one TOML text and lay it over ``base``, a dataclass of sections whose keys are fields with metadata as here."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
-    config = base or Config()
-    known_sections = sections()
+    config = base
+    known_sections = [f.name for f in fields(base) if "rows" not in f.metadata]
+    lists = {f.name: f.metadata["rows"] for f in fields(base) if "rows" in f.metadata}
     for section, content in data.items():
-        if section == "replica" and isinstance(content, list):
-            config = replace(config, replica=(*config.replica, *_static_replicas(content, text, file, config.replica)))
+        if section in lists and isinstance(content, list):
+            found = _rows(lists[section], section, content, text, file, getattr(config, section))
+            config = replace(config, **{section: found})
             continue
         if section not in known_sections or not isinstance(content, dict):
             at = f"{file}:{_line_of(text, section, '')}"
-            hint = "[[replica]], once for each" if section == "replica" else _nearest(section, known_sections)
+            hint = f"[[{section}]], once for each" if section in lists else _nearest(section, known_sections)
             raise ConfigError(f"{at}: unknown section or key {section!r}", hint=hint)
         current = getattr(config, section)
         hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
@@ -308,6 +340,12 @@ def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> C
                 raise ConfigError(f"{at}: unknown key {section}.{key}", hint=_nearest(key, known))
             changes[key] = _check(f"{at}: {section}.{key}", value, hints[key], known[key].metadata)
         config = replace(config, **{section: replace(current, **changes)})
+    return config
+
+
+def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> Config:
+    """Check one TOML text and lay it over ``base`` (default: all defaults); ConfigError names file, line and remedy."""
+    config = lay(text, file, base or Config())
     for name, low, high in (
         ("limits", "power_limit_min_w", "power_limit_max_w"), ("limits", "sm_clock_min_mhz", "sm_clock_max_mhz"),
         ("limits", "memory_clock_min_mhz", "memory_clock_max_mhz"), ("baseline", "sm_clock_min_mhz", "sm_clock_max_mhz"),
@@ -317,29 +355,6 @@ def parse(text: str, file: str = "powerd.toml", base: Config | None = None) -> C
         if b and a > b:
             raise ConfigError(f"{file}: {name}.{low} {a:g} is above {name}.{high} {b:g}")
     return config
-
-
-def _static_replicas(rows: list[Any], text: str, file: str, before: tuple[StaticReplica, ...]) -> list[StaticReplica]:
-    """The ``[[replica]]`` tables of one file; nobody's name is taken twice."""
-    hints, known = get_type_hints(StaticReplica), {f.name: f for f in fields(StaticReplica)}
-    starts = [n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*[\"']?replica[\"']?\s*\]\]", line)]
-    taken, found = {r.name for r in before}, []
-    for number, row in enumerate(rows):
-        at = f"{file}:{starts[number] if number < len(starts) else 1}"
-        if not isinstance(row, dict):
-            raise ConfigError(f"{at}: replica has to be a table", hint="[[replica]]")
-        for key in row:
-            if key not in known:
-                raise ConfigError(f"{at}: unknown key replica.{key}", hint=_nearest(key, known))
-        if missing := [key for key in ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s") if not row.get(key)]:
-            raise ConfigError(f"{at}: replica without {', '.join(missing)}")
-        values = {k: _check(f"{at}: replica.{k}", v, hints[k], known[k].metadata) for k, v in row.items()}
-        replica = StaticReplica(**values)
-        if replica.name in taken:
-            raise ConfigError(f"{at}: replica {replica.name!r} is there twice")
-        taken.add(replica.name)
-        found.append(replica)
-    return found
 
 
 def _read(path: Path, trusted: bool) -> str:

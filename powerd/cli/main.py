@@ -12,7 +12,22 @@ from typing import Annotated
 
 import typer
 
-from powerd.cli import dashboard, doctor, history, influx, jobs, lease, node, perseus, replicas, report, run, status, sweep
+from powerd.cli import (
+    dashboard,
+    doctor,
+    dynamollm,
+    history,
+    influx,
+    jobs,
+    lease,
+    node,
+    perseus,
+    replicas,
+    report,
+    run,
+    status,
+    sweep,
+)
 from powerd.cli.context import Options, note
 from powerd.errors import EXIT_FAILURE, EXIT_USAGE, PowerdError
 
@@ -62,6 +77,7 @@ def build() -> typer.Typer:
     app.command("report")(report.report)
     app.command("sweep", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(sweep.sweep)
     app.add_typer(perseus.perseus_app, name="perseus")
+    app.add_typer(dynamollm.app, name="dynamollm")
     app.add_typer(influx.app, name="influx")
     app.command("panic")(node.panic)
     app.command("quiesce")(node.quiesce)

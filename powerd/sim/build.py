@@ -1,6 +1,6 @@
-"""Compiles the simulated driver on first use into a cache folder.
+"""Compiles what the simulators have in C on first use into a cache folder: the simulated driver, the core of the cluster.
 
-House rules: the library is named by a hash of its sources and compiler, so it is never stale; two processes may
+House rules: a library is named by a hash of its sources and compiler, so it is never stale; two processes may
 compile at once, the rename decides; nothing is fetched: without a compiler there is one clear error.
 """
 
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "nvml"
@@ -21,10 +22,24 @@ FLAGS = ["-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", f"-Wl,-
 
 
 class BuildError(RuntimeError):
-    """The simulated driver cannot be built; the message says what to install."""
+    """A library cannot be built; the message says what to install."""
 
 
-def find_compiler() -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What is built from all C files of one folder."""
+
+    what: str  # as a person names it
+    name: str
+    sources: Path
+    flags: tuple[str, ...]
+    links: tuple[str, ...] = ()
+
+
+DRIVER = Library("the simulated driver", LIBRARY, SOURCES, tuple(FLAGS), ("-lm", "-lpthread"))
+
+
+def find_compiler(what: str = DRIVER.what) -> list[str]:
     """Return the command of the first C compiler found: $CC, cc, gcc, clang, then the ziglang package."""
     named = os.environ.get("CC")
     if named and shutil.which(named.split()[0]):
@@ -35,7 +50,7 @@ def find_compiler() -> list[str]:
             return [path]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc"]
-    raise BuildError("no C compiler for the simulated driver: install gcc or clang, or `pip install powerd[sim]` (ziglang)")
+    raise BuildError(f"no C compiler for {what}: install gcc or clang, or `pip install powerd[sim]` (ziglang)")
 
 
 def cache_root() -> Path:
@@ -44,33 +59,33 @@ def cache_root() -> Path:
     return Path(base) / "powerd" / "sim"
 
 
-def fingerprint(compiler: list[str]) -> str:
+def fingerprint(compiler: list[str], library: Library = DRIVER) -> str:
     """Return the name of the build: a hash of every source file, the flags and the compiler."""
-    digest = hashlib.sha256("\0".join([*FLAGS, *compiler]).encode())
-    for source in sorted(SOURCES.glob("*.[ch]")):
+    digest = hashlib.sha256("\0".join([*library.flags, *compiler]).encode())
+    for source in sorted(library.sources.glob("*.[ch]")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def build() -> Path:
+def build(library: Library = DRIVER) -> Path:
     """Return the path of the compiled library, compiling it first if need be; raises BuildError."""
-    compiler = find_compiler()
-    folder = cache_root() / fingerprint(compiler)
-    library = folder / LIBRARY
-    if library.exists():
-        return library
+    compiler = find_compiler(library.what)
+    folder = cache_root() / fingerprint(compiler, library)
+    built = folder / library.name
+    if built.exists():
+        return built
     folder.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
     try:
-        sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
-        command = [*compiler, *FLAGS, "-o", part, *sources, "-lm", "-lpthread"]
+        sources = [str(source) for source in sorted(library.sources.glob("*.c"))]
+        command = [*compiler, *library.flags, "-o", part, *sources, *library.links]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             detail = (done.stderr or done.stdout).strip().splitlines()
-            raise BuildError(f"{compiler[0]} cannot build the simulated driver: {detail[0] if detail else done.returncode}")
+            raise BuildError(f"{compiler[0]} cannot build {library.what}: {detail[0] if detail else done.returncode}")
         Path(part).chmod(0o755)
-        Path(part).rename(library)
+        Path(part).rename(built)
     finally:
         Path(part).unlink(missing_ok=True)
-    return library
+    return built

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from powerd.client import Client
+from powerd.errors import UnavailableError
 from powerd.model import Control, Interval
+from powerd.policytable import InstanceLoad, Slo, instance_policy
 from tests.e2e.daemon_rig import CONFIG, Rig, closed, pin, rig
 from tests.e2e.test_daemon_api import Stranger, needs_root
 from tests.replicas.engine import Endpoint, Engine
@@ -27,8 +29,10 @@ window_s = 1
 park_after_s = 0.5
 """
 SLO = {"ttft_s": 0.5, "tbt_s": 0.1}
-PARKED, HIGHEST = 810, 1980  # of the profile that is used here
 PROFILE = "llama2-70b_h100"
+HIGHEST = 1980  # of this profile, and of the fake card
+_POLICY = instance_policy(PROFILE, "", 4, Slo(0.5, 0.1), range(210, 1981, 15), 1.0, 1.0)
+PARKED = [_POLICY.clock(float(second), InstanceLoad()).clock_mhz for second in range(10)][-1]
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +280,7 @@ def test_a_replica_ends_as_any_lease_does_by_release_ttl_and_connection(node: Ri
 _HOLDER = """
 import sys, time
 from powerd.client import Client
+from powerd.errors import UnavailableError
 with Client(sys.argv[1]).register_replica("chat-0", pool="chat", metrics_url=sys.argv[2], ttft_s=0.5, tbt_s=0.1, gpus=[0], tp=4,
                                           profile="llama2-70b_h100") as replica:
     print(replica.id, flush=True)
@@ -317,6 +322,17 @@ def test_the_client_registers_again_after_a_panic_and_powerctl_shows_it(node: Ri
         node.until(lambda: replica.held and replica.id != first and seen(node), "it does not come back")
         controlled(node)
     node.until(lambda: not node.get("/v1/replicas"), "it is not released")
+
+
+def test_a_launcher_that_only_logs_starts_without_a_daemon_and_is_registered_with_one(own: Rig, engine: Endpoint) -> None:
+    asked: dict[str, Any] = {"pool": "chat", "metrics_url": engine.url, "gpus": [0], "tp": 4, "profile": PROFILE, **SLO}
+    with Client(own.socket, on_error="log").register_replica("chat-0", **asked) as replica:
+        assert (replica.held, replica.id) == (False, "")
+        own.start()
+        assert controlled(own)["id"] == replica.id
+        assert replica.held
+    with pytest.raises(UnavailableError), rig() as nobody:
+        Client(nobody.socket).register_replica("chat-0", **asked)
 
 
 @needs_root

@@ -66,9 +66,8 @@ def _fetch(package: str, into: Path) -> None:
     folder.rename(into)
 
 
-def program(name: str) -> Path:
-    """The path of a program, downloaded on first use; MissingError says why it cannot be had."""
-    package = PACKAGES[name]
+def unpacked(package: str) -> Path:
+    """The folder of a package's files, downloaded on first use; MissingError says why it cannot be had."""
     top = cache_folder()
     top.mkdir(parents=True, exist_ok=True)
     with (top / "lock").open("w") as lock:
@@ -76,7 +75,13 @@ def program(name: str) -> Path:
         folder = top / package
         if not folder.exists():
             _fetch(package, folder)
-    path = folder / "usr" / "bin" / name
+    return folder
+
+
+def program(name: str) -> Path:
+    """The path of a program, downloaded on first use; MissingError says why it cannot be had."""
+    package = PACKAGES[name]
+    path = unpacked(package) / "usr" / "bin" / name
     if not path.exists():
         raise MissingError(f"{package} has no {name}")
     return path

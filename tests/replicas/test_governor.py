@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerd.enginepage import parse
 from powerd.engineload import Figures, LoadWindow
+from powerd.enginepage import parse
 from powerd.governor import RELAX_S, STEP_SHARE, TRANSITIONS, Governor, Sign, State
 from powerd.policytable import ClockDecision, InstanceLoad, Slo, instance_policy
 from powerd.replicatypes import SloSpec

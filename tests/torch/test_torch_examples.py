@@ -1,4 +1,4 @@
-"""The example of docs/training.md runs as it is written, under torchrun and under srun's environment."""
+"""The example of docs/training.md runs as it is written, under torchrun and under a real srun."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.live import free_port
+from tests.real.slurm import Slurm
 from tests.torchenv import ROOT, source_path, torch_python
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("torch")]
@@ -31,23 +31,9 @@ def test_the_example_trains_under_torchrun(tmp_path: Path) -> None:
     assert "step 10: loss" in done.stdout
 
 
-def test_the_example_trains_with_what_srun_tells_its_tasks(tmp_path: Path) -> None:
-    job = str(free_port() % 20000)  # the port is made from it
-    base = {**environment(tmp_path), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": job}
-    tasks = [
-        subprocess.Popen(
-            [str(torch_python()), str(EXAMPLE), "--pipeline", "2", "--steps", "10"],
-            env={**base, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [task.communicate(timeout=150) for task in tasks]
-    finally:
-        for task in tasks:
-            if task.poll() is None:
-                task.kill()
-                task.wait()
-    assert [task.returncode for task in tasks] == [0, 0], said
-    assert "step 10: loss" in said[1][0]
+def test_the_example_trains_under_a_real_srun(tmp_path: Path) -> None:
+    words = ["srun", "--kill-on-bad-exit=1", "--ntasks=2", str(torch_python()), str(EXAMPLE), "--pipeline", "2", "--steps", "10"]
+    with Slurm(tmp_path / "slurm") as slurm:
+        done = slurm.run(*words, env=environment(tmp_path), timeout_s=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "step 10: loss" in done.stdout

@@ -51,7 +51,8 @@ class InstanceController:
     """Holds one instance at the clock of least power that keeps ``slo`` for what runs, waits and is to come within a period.
 
     ``peers`` instances share the arrivals by load, this one among them: the more there are, the less one has to keep in hand.
-    ``share_late`` of the requests may miss their TTFT. ``floor_mhz`` is what the pool above asks for at least, None: nothing.
+    ``share_late`` of the requests may miss their TTFT. ``floor_mhz`` is what the pool above asks for at least,
+    ``ceiling_mhz`` what a watt budget allows at most; None: nothing.
     Raises ValueError when ``model`` holds no clock for ``tp``.
     """
 
@@ -83,6 +84,7 @@ class InstanceController:
         self.period_s, self.dwell_s, self.memory_s, self.stale_s = period_s, dwell_s, memory_s, stale_s
         self.parking, self.scaling = parking, scaling
         self.floor_mhz: int | None = None
+        self.ceiling_mhz: int | None = None
         self.max_mhz = allowed[0]
         self._steps = [_step(model, tp, clock) for clock in reversed(allowed)]
         self._recent: deque[tuple[float, float, float, float]] = deque()
@@ -99,9 +101,12 @@ class InstanceController:
     def clock(self, now_s: float, load: InstanceLoad) -> ClockDecision:
         """Return the clock for the next period from what is known at ``now_s``, and the reason."""
         want_mhz, reason = self._wanted(now_s, load)
-        if self.floor_mhz is not None and want_mhz < self.floor_mhz and (load.running or load.queued):
+        if self.floor_mhz is not None and want_mhz < self.floor_mhz:
             want_mhz, reason = min(self.max_mhz, self.floor_mhz), "the pool's clock"
-        return self._settle(now_s, want_mhz, reason)
+        decided = self._settle(now_s, want_mhz, reason)
+        if self.ceiling_mhz is not None and decided.clock_mhz > self.ceiling_mhz:
+            return ClockDecision(max(self.ceiling_mhz, self._steps[0].clock_mhz), "the watt budget")
+        return decided
 
     def _settle(self, now_s: float, want_mhz: int, reason: str) -> ClockDecision:
         """Step up at once, and down to the highest clock wanted within the dwell."""
@@ -128,7 +133,7 @@ class InstanceController:
         rate, prompt, output = self._remember(now_s, load)
         if not load.running and not load.queued:
             if not self.parking:
-                return self._clock_mhz, "idle"
+                return self._steps[0].clock_mhz, "nothing to do"
             return self._park_mhz, "parked: nothing to do"
         return self._cheapest(load, rate, prompt, output)
 
@@ -156,11 +161,12 @@ class InstanceController:
         best, best_w, lacks = None, math.inf, "TBT"
         for step in self._steps:
             decode_s = step.fixed_s + step.request_s * batch
-            full_s = decode_s + step.prefill_token_s * chunk
+            room = max(1.0, chunk - batch)
+            full_s = decode_s + step.prefill_token_s * room
             if full_s > MARGIN * slo.tbt_s:
                 lacks = "TBT"
                 continue
-            token_s = full_s / chunk
+            token_s = full_s / room
             if waited_s + tokens * token_s > MARGIN * slo.ttft_s:
                 lacks = "TTFT of what waits"
                 continue
@@ -186,8 +192,8 @@ class InstanceController:
 
 def _impossible(load: InstanceLoad) -> bool:
     """Whether a figure is negative, endless or no number."""
-    told = (load.running, load.queued, load.queued_prompt_tokens, load.kv_used_ratio, load.oldest_wait_s, load.requests_per_s)
-    told = (*told, load.prompt_tokens_per_s, load.output_tokens_per_s, load.age_s)
+    told: list[float | None] = [load.running, load.queued, load.queued_prompt_tokens, load.kv_used_ratio, load.oldest_wait_s]
+    told += [load.requests_per_s, load.prompt_tokens_per_s, load.output_tokens_per_s, load.age_s]
     return any(figure is not None and not 0 <= figure < math.inf for figure in told)
 
 

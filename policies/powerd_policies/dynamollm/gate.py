@@ -1,0 +1,52 @@
+"""Whether a change of the fleet pays: its saving over the time that it will last against what it costs.
+
+House rules: pure; the answer says both sums, so that an operator can check it; a change that the SLO needs is never asked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+RESHARD_EVERY_S: Final = 300.0  # at most one re-shard of an instance in this time
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether to act, and the sums behind it."""
+
+    act: bool
+    saves_j: float
+    costs_j: float
+    why: str
+
+
+@dataclass(slots=True)
+class Gate:
+    """Lets a change pass only if it saves ``factor`` times its cost within ``horizon_s``, and not sooner than the last one allows."""
+
+    horizon_s: float = 600.0
+    factor: float = 1.0
+    every_s: float = RESHARD_EVERY_S
+    _last_s: dict[str, float] = field(default_factory=dict)
+
+    def ask(self, now_s: float, subject: str, saves_w: float, costs_j: float) -> Verdict:
+        """Judge a change of ``subject`` that saves ``saves_w`` watts from then on; nothing is remembered."""
+        saves_j = saves_w * self.horizon_s
+        since = now_s - self._last_s.get(subject, -1e18)
+        if since < self.every_s:
+            return Verdict(False, saves_j, costs_j, f"changed {since:.0f} s ago, at most once in {self.every_s:.0f} s")
+        if saves_j <= self.factor * costs_j:
+            return Verdict(
+                False,
+                saves_j,
+                costs_j,
+                f"saves {saves_j / 1e3:.0f} kJ within {self.horizon_s:.0f} s, costs {costs_j / 1e3:.0f} kJ",
+            )
+        return Verdict(
+            True, saves_j, costs_j, f"saves {saves_j / 1e3:.0f} kJ within {self.horizon_s:.0f} s for {costs_j / 1e3:.0f} kJ"
+        )
+
+    def did(self, now_s: float, subject: str) -> None:
+        """Remember that ``subject`` was changed."""
+        self._last_s[subject] = now_s

@@ -20,6 +20,7 @@ from powerd.api import JobEvent, JobStep, LeaseRequest, WantSpec
 from powerd.clock import NS
 from powerd.model import Control
 from powerd.replicatypes import ReplicaRequest, SloSpec
+from tests.docs.markdown import ROOT
 from tests.e2e.live import LiveNode, free_port, wait_for
 from tests.hw.test_rapl import FakePowercap
 from tests.real.servers import Prometheus, need
@@ -219,6 +220,16 @@ def test_every_recording_rule_has_an_answer(prometheus: Prometheus) -> None:
     records = [r["record"] for g in yaml.safe_load(RULES.read_text())["groups"] for r in g["rules"] if "record" in r]
     assert len(records) > 10
     wait_for("all rules are evaluated", lambda: all(prometheus.query(name) for name in records))
+
+
+def test_every_example_of_the_page_is_taken_and_has_an_answer(prometheus: Prometheus) -> None:
+    page = (ROOT / "docs" / "prometheus.md").read_text()
+    examples = re.findall(r"^    ((?:sum|rate|powerd_).+?)   +\S", page, re.M)
+    assert len(examples) >= 6
+    unanswered = [example for example in examples if not prometheus.query(example)]
+    assert unanswered == ["powerd_pool_ttft_p99_seconds > powerd_pool_ttft_slo_seconds"], (
+        "the one pool that is known keeps its SLO"
+    )
 
 
 def test_the_page_passes_promtool_s_lint(node: LiveNode, promtool: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m tests.web.pictures [FOLDER]`: the pictures of the dashboard in docs/pictures, from a simulated node.
 
-House rules: everything in them comes from a running powerd; what is simulated says so in the picture itself.
+House rules: everything in them comes from a running powerd; what is simulated says so in the picture itself, and of the engines
+behind replicas, whose pages are made up here, the page that shows the picture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from PIL import Image
 
 from powerd.client import Client, JobLog
 from powerd.model import ClockPlan
+from powerd.replicatypes import ReplicaRequest, SloSpec
 from tests.e2e.live import LiveNode, wait_for
+from tests.replicas.engine import Endpoint, Engine
 from tests.web.stage import browser, fill_hour, opened, served
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "pictures"
@@ -34,15 +37,70 @@ def report_job(client: Client, uuids: list[str]) -> None:
     wait_for("the job is known", lambda: any(job.steps == 40 for job in client.jobs()))
 
 
+class Scripted:
+    """An engine that answers requests whenever somebody looks."""
+
+    def __init__(self, running: int, waiting: int, rate: float, ttft_s: float, gap_s: float) -> None:
+        engine = Engine(running=running, waiting=waiting, kv=0.02 * running)
+        self.endpoint, plain, requests = Endpoint(engine), engine.page, round(rate)
+
+        def page() -> str:
+            engine.prompt_tokens += 300 * requests
+            engine.output_tokens += 40 * requests
+            engine.ttft += [ttft_s * (0.6 + 0.5 * (n % 10) / 10) for n in range(requests)]
+            engine.gaps += [gap_s * (0.7 + 0.3 * (n % 8) / 8) for n in range(40 * requests)]
+            return plain()
+
+        engine.page = page  # type: ignore[method-assign]
+
+
+def inference(live: LiveNode, stack: contextlib.ExitStack) -> None:
+    """Pool chat: well, idle and behind its SLO; pool code of two GPUs a replica: one well, one whose page has gone."""
+    served = {
+        "chat-0": Scripted(11, 0, 4, 0.2, 0.04), "chat-1": Scripted(0, 0, 0, 0.2, 0.04), "chat-2": Scripted(48, 9, 7, 1.2, 0.14),
+        "code-0": Scripted(6, 0, 2, 0.4, 0.05), "code-1": Scripted(5, 0, 2, 0.4, 0.05),
+    }  # fmt: skip
+    for number, (name, one) in enumerate(served.items()):
+        stack.callback(one.endpoint.close)
+        tp = 2 if name.startswith("code") else 1
+        first = number if tp == 1 else 3 + 2 * (number - 3)
+        gpus = tuple(live.uuids[first : first + tp])
+        slo = SloSpec(0.5, 0.1) if tp == 1 else SloSpec(1.0, 0.1)
+        profile = None if tp == 1 else "llama2-70b_a100"
+        live.client.replica_create(
+            ReplicaRequest(name, name[:4], gpus, one.endpoint.url, slo, tp=tp, profile=profile, detached=True, ttl_s=3600)
+        )
+        if tp == 2 or name == "chat-2":
+            for gpu in range(first, first + tp):
+                stack.enter_context(live.load(gpu, 0.7))
+    wait_for("chat is judged", lambda: any(view.within_slo is False for view in live.client.replicas()), 60)
+    served["code-1"].endpoint.close()
+    wait_for("code-1 is stale", lambda: any(view.state == "stale" for view in live.client.replicas()), 60)
+    wait_for("chat-1 is parked", lambda: any(view.state == "idle" for view in live.client.replicas()), 60)
+
+
 def save(png: bytes, path: Path) -> None:
     """Write a screenshot with as few colours as it needs: a third of the bytes."""
     Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path, path.stat().st_size, "bytes")
 
 
+def pools(folder: Path) -> None:
+    """Write dashboard-pools.png."""
+    with LiveNode(gpus=8, model="a100-sxm-500w") as live, browser() as chrome, contextlib.ExitStack() as stack:
+        stack.enter_context(live.load(0, 0.6))
+        inference(live, stack)
+        with served(live) as page_server, opened(chrome, page_server.url, width=1600, height=900) as seen:
+            seen.page.wait_for_selector("#replica-table tbody tr:nth-child(5)")
+            seen.page.wait_for_timeout(60_000)  # the lines of a minute
+            save(seen.page.locator("#pools").screenshot(animations="disabled"), folder / "dashboard-pools.png")
+            assert not seen.errors, seen.errors
+
+
 def main() -> None:
-    """Write dashboard-light.png, dashboard-dark.png and dashboard-small.png."""
+    """Write dashboard-light.png, dashboard-dark.png, dashboard-small.png and dashboard-pools.png."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    pools(folder)
     with LiveNode(gpus=8, model="a100-sxm-500w") as live, browser() as chrome, contextlib.ExitStack() as stack:
         fill_hour(live)
         for gpu, share in enumerate((0.9, 0.8, 0.6, 0.4)):

@@ -74,6 +74,7 @@ def inference(live: LiveNode, stack: contextlib.ExitStack) -> None:
             for gpu in range(first, first + tp):
                 stack.enter_context(live.load(gpu, 0.7))
     wait_for("chat is judged", lambda: any(view.within_slo is False for view in live.client.replicas()), 60)
+    wait_for("code-1 is followed", lambda: live.client.replicas()[-1].state == "fresh", 60)
     served["code-1"].endpoint.close()
     wait_for("code-1 is stale", lambda: any(view.state == "stale" for view in live.client.replicas()), 60)
     wait_for("chat-1 is parked", lambda: any(view.state == "idle" for view in live.client.replicas()), 60)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -55,29 +56,27 @@ class Scripted:
 
 
 def inference(live: LiveNode, stack: contextlib.ExitStack) -> None:
-    """Pool chat: well, idle and behind its SLO; pool code of two GPUs a replica: one well, one whose page has gone."""
+    """Pool chat: well, idle, behind its SLO, without a page any more; pool code: one replica of four GPUs, at a lower clock."""
     served = {
         "chat-0": Scripted(11, 0, 4, 0.2, 0.04), "chat-1": Scripted(0, 0, 0, 0.2, 0.04), "chat-2": Scripted(48, 9, 7, 1.2, 0.14),
-        "code-0": Scripted(6, 0, 2, 0.4, 0.05), "code-1": Scripted(5, 0, 2, 0.4, 0.05),
+        "chat-3": Scripted(5, 0, 2, 0.2, 0.04), "code-0": Scripted(4, 0, 1, 0.2, 0.04),
     }  # fmt: skip
-    for number, (name, one) in enumerate(served.items()):
+    for first, (name, one) in enumerate(served.items()):
         stack.callback(one.endpoint.close)
-        tp = 2 if name.startswith("code") else 1
-        first = number if tp == 1 else 3 + 2 * (number - 3)
+        tp, profile = (4, "llama2-70b_h100") if name == "code-0" else (1, None)
         gpus = tuple(live.uuids[first : first + tp])
-        slo = SloSpec(0.5, 0.1) if tp == 1 else SloSpec(1.0, 0.1)
-        profile = None if tp == 1 else "llama2-70b_a100"
-        live.client.replica_create(
-            ReplicaRequest(name, name[:4], gpus, one.endpoint.url, slo, tp=tp, profile=profile, detached=True, ttl_s=3600)
-        )
-        if tp == 2 or name == "chat-2":
+        request = ReplicaRequest(name, name[:4], gpus, one.endpoint.url, SloSpec(0.5, 0.1), tp=tp, profile=profile, detached=True)
+        live.client.replica_create(replace(request, ttl_s=3600.0))
+        if name != "chat-1":
             for gpu in range(first, first + tp):
-                stack.enter_context(live.load(gpu, 0.7))
-    wait_for("chat is judged", lambda: any(view.within_slo is False for view in live.client.replicas()), 60)
-    wait_for("code-1 is followed", lambda: live.client.replicas()[-1].state == "fresh", 60)
-    served["code-1"].endpoint.close()
-    wait_for("code-1 is stale", lambda: any(view.state == "stale" for view in live.client.replicas()), 60)
-    wait_for("chat-1 is parked", lambda: any(view.state == "idle" for view in live.client.replicas()), 60)
+                stack.enter_context(live.load(gpu, 0.5))
+    seen = lambda: {view.name: view for view in live.client.replicas()}  # noqa: E731
+    wait_for("chat-2 is judged", lambda: seen()["chat-2"].within_slo is False, 60)
+    wait_for("code-0 is held", lambda: seen()["code-0"].clock_mhz is not None, 60)
+    wait_for("chat-3 is followed", lambda: seen()["chat-3"].state == "fresh", 60)
+    served["chat-3"].endpoint.close()
+    wait_for("chat-3 is stale", lambda: seen()["chat-3"].state == "stale", 60)
+    wait_for("chat-1 is parked", lambda: seen()["chat-1"].state == "idle", 60)
 
 
 def save(png: bytes, path: Path) -> None:
@@ -88,8 +87,7 @@ def save(png: bytes, path: Path) -> None:
 
 def pools(folder: Path) -> None:
     """Write dashboard-pools.png."""
-    with LiveNode(gpus=8, model="a100-sxm-500w") as live, browser() as chrome, contextlib.ExitStack() as stack:
-        stack.enter_context(live.load(0, 0.6))
+    with LiveNode(gpus=8, model="h100-sxm") as live, browser() as chrome, contextlib.ExitStack() as stack:
         inference(live, stack)
         with served(live) as page_server, opened(chrome, page_server.url, width=1600, height=900) as seen:
             seen.page.wait_for_selector("#replica-table tbody tr:nth-child(5)")

@@ -113,9 +113,9 @@ def test_pools_and_replicas_are_shown_live_and_a_silent_one_as_such(service: Ser
         until(seen, "chat TP1", 6, "19")
 
         service.serving("chat-1").ttft_s = 0.9
-        until(seen, "chat-1", 8, "1.00 s of 500 ms, missed")
+        until(seen, "chat-1", 8, "missed: 1.00 s of 500 ms")
         until(seen, "chat TP1", 3, "1 of 2")
-        until(seen, "chat TP1", 4, "1.00 s of 500 ms, missed")
+        until(seen, "chat TP1", 4, "missed: 1.00 s of 500 ms")
 
         service.engines["chat-0"].close()
         until(seen, "chat-0", 4, "stale")

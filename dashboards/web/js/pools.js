@@ -38,14 +38,10 @@ const rate = (value) => (value === null ? null : `${value.toFixed(value < 10 ? 2
 const power = (value) => watts(value === null ? null : value * 1000);
 
 // "200 ms of 500 ms": so much of what is promised; a miss is said, not only coloured.
-function against(value_s, slo_s) {
-  if (value_s === null) return null;
-  return `${duration(value_s)} of ${duration(slo_s)}${value_s > slo_s ? ", missed" : ""}`;
-}
-
 function latency(node, value_s, slo_s) {
-  setValue(node, against(value_s, slo_s));
-  node.classList.toggle("miss", value_s !== null && value_s > slo_s);
+  const missed = value_s !== null && value_s > slo_s;
+  setValue(node, value_s === null ? null : `${missed ? "missed: " : ""}${duration(value_s)} of ${duration(slo_s)}`);
+  node.classList.toggle("miss", missed);
 }
 
 // The slowest replica against its own promise stands for the pool.
@@ -110,7 +106,7 @@ function why(replica) {
 function replicaRow(replica, select) {
   const button = el("button", { type: "button", class: "plain", onclick: () => select(replica.gpus[0]), "aria-label": `Replica ${replica.name}: why is its clock as it is` }, replica.name);
   return el("tr", {}, el("th", { scope: "row" }, button), cell(null), cell(null, "n"), cell(null), el("td", {}, el("span", { class: "badge" })),
-    cell(null, "n"), cell(null, "n"), cell(null, "wrap"), sparkCell(), sparkCell(), cell(null, "n"), cell(null, "n"), cell(null, "n"), sparkCell(), cell(null, "n"));
+    cell(null, "n"), cell(null, "n"), cell(null, "why"), sparkCell(), sparkCell(), cell(null, "n"), cell(null, "n"), cell(null, "n"), sparkCell(), cell(null, "n"));
 }
 
 function renderReplicas(state, select) {

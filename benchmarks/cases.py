@@ -16,6 +16,7 @@ from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
 from benchmarks.beats import beats
 from benchmarks.clock_search import search_clocks
+from benchmarks.cluster import cluster
 from benchmarks.daemon import Client, running
 from benchmarks.host import host, savings
 from benchmarks.influx import influx
@@ -308,4 +309,5 @@ CASES = {
     "instructions": instructions,
     "host": host,
     "savings": savings,
+    "cluster": cluster,
 }

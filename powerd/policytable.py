@@ -22,7 +22,7 @@ from powerd_policies.dynamollm.instance import ClockDecision, InstanceController
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SUFFIX = ".engine.csv"
 
-__all__ = ["ClockDecision", "InstanceLoad", "InstancePolicy", "Slo", "instance_policy"]
+__all__ = ["ClockDecision", "InstanceLoad", "InstancePolicy", "Slo", "instance_policy", "profile_gpu"]
 
 
 class InstancePolicy(Protocol):
@@ -67,6 +67,11 @@ def instance_policy(
         return InstanceController(model, tp, slo, dwell_s=park_after_s, period_s=max(period_s, 1.0))
     except ValueError as error:
         raise RequestError(str(error), hint="powerctl dynamollm profile measures another", code="bad_value") from error
+
+
+def profile_gpu(profile: str, folder: str) -> str:
+    """The kind of GPU that a profile is of, such as h100. RequestError as ``instance_policy``."""
+    return _engine_model(profile, folder).gpu
 
 
 def _engine_model(name: str, folder: str) -> EngineModel:

@@ -68,12 +68,12 @@ class Replica:
 
     def __init__(
         self, request: ReplicaRequest, uid: int, clocks_mhz: Sequence[int], clock: Clock, config: ReplicasConfig,
-        snapshot: Callable[[], Snapshot | None],
+        snapshot: Callable[[], Snapshot | None], remark: str = "",
     ) -> None:  # fmt: skip
         self.request = request
         self.lease: str | None = None
         self.figures: Figures | None = None
-        self.note = ""
+        self.note = self._remark = remark
         self.joules = Joules(request.gpus)
         self.on_ceiling: Callable[[Replica, Ceiling], None] = lambda replica, ceiling: None
         self.on_change: Callable[[Replica, Change], None] = lambda replica, change: None
@@ -126,7 +126,8 @@ class Replica:
             if before is State.STALE and self._good_ns is not None and now_ns - self._good_ns > self._config.window_s * NS:
                 self._window.clear()
             figures = self._window.add(now_ns, page)
-            self._good_ns, self.figures, self.note = now_ns, figures, between_edges(page, self.request.slo)
+            said = (self._remark, between_edges(page, self.request.slo))
+            self._good_ns, self.figures, self.note = now_ns, figures, "; ".join(s for s in said if s)
             ceiling = self.governor.good(seconds(now_ns), figures)
         except NoPageError as error:
             problem = str(error)

@@ -20,7 +20,7 @@ from powerd.errors import ConfigError, PowerdError, RequestError
 from powerd.governor import Ceiling, State
 from powerd.lease import Lease, LeaseEvent
 from powerd.model import Control, LeaseEnd, LeaseState
-from powerd.policytable import Slo, instance_policy
+from powerd.policytable import Slo, instance_policy, profile_gpu
 from powerd.reconcile import site_interval
 from powerd.replica import Change, Replica
 from powerd.replicafile import ReplicaFile
@@ -176,8 +176,9 @@ class Replicas:
         """A replica that is not followed yet; RequestError when it cannot be."""
         engine, config = self._engine, self._engine.config.replicas
         check_replica(request, config.allowed_hosts, config.profile_dir)
-        clocks_mhz = self._clocks(request)
-        return Replica(request, -1 if uid is None else uid, clocks_mhz, engine.clock, config, lambda: engine.node.snapshot)
+        clocks_mhz, remark = self._clocks(request), self._other_gpu(request)
+        uid = -1 if uid is None else uid
+        return Replica(request, uid, clocks_mhz, engine.clock, config, lambda: engine.node.snapshot, remark)
 
     def _follow(self, lease: Lease, replica: Replica) -> None:
         replica.lease = lease.id
@@ -185,6 +186,15 @@ class Replicas:
         self._live[lease.id] = replica
         self._save()
         replica.start()
+
+    def _other_gpu(self, request: ReplicaRequest) -> str:
+        """What to remark when the profile is of another kind of GPU than the replica's."""
+        if request.profile is None:
+            return ""
+        kind = profile_gpu(request.profile, self._engine.config.replicas.profile_dir)
+        names = {c.gpu.name for uuid in request.gpus if (c := self._engine.node.capabilities.get(uuid)) is not None}
+        other = sorted(name for name in names if kind.lower() not in name.lower())
+        return f"the profile is of {kind}, the GPU is {other[0]}" if other else ""
 
     def _clocks(self, request: ReplicaRequest) -> tuple[int, ...]:
         """The SM clocks that all of its GPUs have and that may be set; none where they cannot."""

@@ -102,9 +102,8 @@ def until_full(node: Rig, gpu: int = 0) -> None:
 
 
 def controlled(node: Rig) -> Any:
-    view = until(node, "it was never controlled", lambda v: v["clock_mhz"])
-    node.hw.wait(lambda: held(node) == Interval(210, view["clock_mhz"]), "the driver was not told")
-    return view
+    """Once the driver was told what the daemon shows, which may change with every look."""
+    return until(node, "it was never controlled", lambda v: v["clock_mhz"] and held(node) == Interval(210, v["clock_mhz"]))
 
 
 def test_a_busy_replica_is_held_at_the_clock_that_its_profile_decides_and_explain_says_so(node: Rig, engine: Endpoint) -> None:
@@ -117,6 +116,7 @@ def test_a_busy_replica_is_held_at_the_clock_that_its_profile_decides_and_explai
     assert PARKED < view["clock_mhz"] < HIGHEST
     assert (view["running"], view["waiting"], view["engine"], view["user"]) == (2, 0, "vllm", answer["lease"]["user"])
     assert view["age_s"] < 1
+    assert view["note"] == "the profile is of h100, the GPU is Test GPU"
     assert 300 < view["power_w"] < 301, "as the fake card draws"
     explained = node.get(f"/v1/explain/{node.hw.uuids[0]}")
     clock = next(c for c in explained["controls"] if c["control"] == "sm_clock")
@@ -298,7 +298,7 @@ def test_a_killed_holder_takes_its_replica_along(node: Rig, engine: Endpoint) ->
         holder.wait(10)
         until_full(node)
     assert node.get("/v1/replicas") == []
-    assert node.get(f"/v1/leases/{lease_id}")["end"] == "holder_died"
+    assert node.get(f"/v1/leases/{lease_id}")["end"] in ("holder_died", "connection_closed"), "whichever the kernel tells first"
 
 
 def test_the_client_registers_again_after_a_panic_and_powerctl_shows_it(node: Rig, engine: Endpoint) -> None:
@@ -307,14 +307,15 @@ def test_the_client_registers_again_after_a_panic_and_powerctl_shows_it(node: Ri
         "chat-0", pool="chat", metrics_url=engine.url, gpus=[0], tp=4, profile=PROFILE, **SLO
     ) as replica:
         first = replica.id
-        view = controlled(node)
-        assert client.replicas()[0].clock_mhz == view["clock_mhz"]
+        controlled(node)
+        assert client.replicas()[0].id == first
+        assert client.replicas()[0].slo.tbt_s == 0.1
         table = subprocess.run(
             [sys.executable, "-m", "powerd.cli.main", "--socket", str(node.socket), "replicas"], capture_output=True, text=True,
             env={"COLUMNS": "200", "PATH": ""}, timeout=60,
         )  # fmt: skip
         assert table.returncode == 0, table.stderr
-        assert f"{view['clock_mhz']} MHz" in table.stdout
+        assert re.search(r"chat-0 +chat +4 +0 +fresh +\d+ MHz +2 +0 ", table.stdout), table.stdout
         assert node.request("POST", "/v1/panic")[0] == 200
         until_full(node)
         assert node.get("/v1/replicas") == []
@@ -464,8 +465,8 @@ def test_a_holder_that_does_not_come_back_after_a_restart_loses_its_replica(own:
 
 def test_a_replica_and_a_lease_on_the_same_gpu_follow_the_lower_ceiling(node: Rig, engine: Endpoint) -> None:
     register(node, engine)
-    high = controlled(node)["clock_mhz"]
+    controlled(node)
     lease = node.granted(pin(1005), detached=True)
     node.hw.wait(lambda: held(node) == Interval(1005, 1005), "the lower one does not win")
     node.request("DELETE", f"/v1/leases/{lease['id']}")
-    node.hw.wait(lambda: held(node) == Interval(210, high), "the replica's is not back")
+    assert controlled(node)["clock_mhz"] > 1005

@@ -105,6 +105,23 @@ def test_the_plan_rests_on_what_was_measured_in_this_run(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_after_a_restart_with_fewer_pipelines_it_plans_anew_from_what_was_measured(tmp_path: Path) -> None:
+    """A pipeline is lost; the job comes back with one that does all microbatches, on a node that has forgotten everything."""
+    with trained(Shape((0, 7), 2, microbatches=3), cache=str(tmp_path)) as run:
+        first = planned(run)
+        assert first.plans[0] == first.plans[1]
+        usual = told(run, first)["planned"]
+    with trained(Shape((0, 7), 1, microbatches=6), cache=str(tmp_path)) as run:
+        was = before(run)
+        step = run.until(lambda step: None not in step.plans, 6, "it measures again what is in the file")
+        plan = told(run, step)["planned"]
+        assert plan["iteration_s"] > 1.4 * usual["iteration_s"], "a plan of the new shape"
+        run.advance()
+        now = run.measured(MEASURED, "after")
+    judge(plan, was, now, points=0.01, late=0.01)
+
+
+@pytest.mark.slow
 def test_two_pipelines_of_four_stages_save_follow_a_straggler_and_come_back() -> None:
     shape = Shape()
     with trained(shape) as run:

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powerd.engineload import Figures, LoadWindow
@@ -173,6 +173,7 @@ def test_without_a_profile_the_clock_is_only_ever_parked() -> None:
     assert policy.clock(7, busy).clock_mhz == 1980
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["good", "idle", "missed", "garbage", "silent", "restart"]), max_size=60))
 def test_a_clock_is_only_ever_lowered_on_enough_good_pages_in_a_row(story: list[str]) -> None:
     rig = Rig(park_after_s=2.0)

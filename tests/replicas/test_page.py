@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -101,6 +101,7 @@ def test_the_page_of_another_engine_than_was_said_is_refused() -> None:
     assert parse(VLLM + SGLANG, "sglang").running == 14
 
 
+@settings(deadline=None)
 @given(st.integers(0, len(VLLM) - 1))
 def test_a_page_that_is_cut_anywhere_is_refused_or_says_no_wrong_figure(at: int) -> None:
     whole = parse(VLLM)
@@ -115,6 +116,7 @@ def test_a_page_that_is_cut_anywhere_is_refused_or_says_no_wrong_figure(at: int)
         assert getattr(part, name) in (None, getattr(whole, name))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200) | st.lists(st.sampled_from([*VLLM.splitlines(), "vllm:num_requests_running -1"])).map("\n".join))
 def test_whatever_is_served_the_answer_is_a_page_or_a_page_error(text: str) -> None:
     try:
@@ -136,6 +138,7 @@ def test_a_quantile_is_the_upper_edge_of_its_bucket() -> None:
     assert seen.share_within(0.3) == 0.99, "surely: what lies in the bucket around 0.3 may be above"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=200), st.floats(0.01, 1))
 def test_at_least_the_share_lies_at_or_below_the_edge(values: list[float], share: float) -> None:
     edges = (0.1, 0.5, 1.0, 2.0, 5.0, math.inf)

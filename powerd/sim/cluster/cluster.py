@@ -16,7 +16,7 @@ import numpy as np
 
 from powerd.sim.cluster import core
 from powerd.sim.cluster.gpubook import GpuBook, Member
-from powerd.sim.cluster.inputs import ClusterConfig, Requests
+from powerd.sim.cluster.inputs import ClusterConfig, Floats, Requests
 from powerd.sim.cluster.plancheck import check
 from powerd.sim.cluster.results import Results
 from powerd_policies.dynamollm.classes import NAMES, Classes
@@ -50,6 +50,9 @@ class Cluster:
             raise ValueError(f"cluster: {gpus} GPUs, at least 1 is needed")
         if len(requests) and requests.arrival_s[0] < self.config.begin_s:
             raise ValueError(f"cluster: the first request comes at {requests.arrival_s[0]:g} s, before {self.config.begin_s:g} s")
+        park_mhz = self.config.park_clock_mhz
+        if park_mhz is not None and (lacking := [tp for tp in model.tps if (tp, park_mhz) not in model.table]):
+            raise ValueError(f"cluster: park_clock_mhz {park_mhz}, which the model does not hold for TP{lacking[0]}")
         self._library = core.load()
         self._coefficients = {
             key: core.CoreCoefficients(
@@ -90,7 +93,7 @@ class Cluster:
             },
         }
         common = core.CoreConfig(
-            chunk_tokens=config.chunk_tokens, max_running=config.max_running, context_limit=limits.context_limit,
+            max_running=config.max_running, context_limit=limits.context_limit,
             ttft_slo_ns=slos, **in_ns,
         )  # fmt: skip
         arrays = (
@@ -115,8 +118,9 @@ class Cluster:
 
     @property
     def end_s(self) -> float:
-        """When a run ends: the horizon after the last arrival."""
-        return float(self.requests.arrival_s[-1] if len(self.requests) else self.config.begin_s) + self.config.horizon_s
+        """When a run ends: the horizon after the last arrival, in whole nanoseconds, so that ``now_s`` reaches it."""
+        last_s = float(self.requests.arrival_s[-1]) if len(self.requests) else self.config.begin_s
+        return core.to_ns(last_s + self.config.horizon_s) / 1e9
 
     def apply(self, plan: FleetPlan) -> tuple[FleetEvent, ...]:
         """Make the fleet what the plan says, as fast as that goes; return what happened since the last plan.
@@ -191,12 +195,7 @@ class Cluster:
         self._library.cluster_close(self._core)
         self._check_memory()
         totals = self._totals()
-        ticks = int(self._library.cluster_ticks(self._core))
-        power, gpus = np.zeros(ticks), np.zeros(ticks)
-        self._library.cluster_power(self._core, power.ctypes.data, gpus.ctypes.data)
-        span_s = np.full(ticks, self.config.tick_s)
-        if ticks:
-            span_s[-1] = min(self.config.tick_s, now_ns / 1e9 - self.config.begin_s - (ticks - 1) * self.config.tick_s)
+        power, gpus, span_s = self._series(now_ns - core.to_ns(self.config.begin_s))
         counts = {name: int(getattr(totals, name)) for name in core.COUNTS}
         rejected = self._rejected.astype(np.bool_)
         counts |= {"rejected": int(rejected.sum()), "starts": 0, "reshards": 0, "stops": 0, **self._counts}
@@ -208,6 +207,16 @@ class Cluster:
             self.config.tick_s, power / span_s, gpus / span_s, counts,
         )  # fmt: skip
         return self._results
+
+    def _series(self, lasted_ns: int) -> tuple[Floats, Floats, Floats]:
+        """Joules, GPU seconds and seconds of each tick, the last one as far as it went."""
+        tick_ns = core.to_ns(self.config.tick_s)
+        ticks = -(-lasted_ns // tick_ns)
+        joules, gpu_s, span_s = np.zeros(ticks), np.zeros(ticks), np.full(ticks, tick_ns / 1e9)
+        self._library.cluster_power(self._core, ticks, joules.ctypes.data, gpu_s.ctypes.data)
+        if ticks:
+            span_s[-1] = (lasted_ns - (ticks - 1) * tick_ns) / 1e9
+        return joules, gpu_s, span_s
 
     # ---- plans ----
 
@@ -259,13 +268,18 @@ class Cluster:
         for member, warm in self._book.startable(now_ns, donors):
             takes_s = 0.0 if warm_begin else self.config.reshard_s if warm else self.config.start_s
             park_mhz = self.config.park_clock_mhz or min(self.model.clocks_mhz(member.tp))
-            parked = self.model.table.get(
-                (member.tp, park_mhz), self.model.table[member.tp, min(self.model.clocks_mhz(member.tp))]
-            )
+            parked = self.model.table[member.tp, park_mhz]
             ready_ns = now_ns + core.to_ns(takes_s)
             at = self._coefficients[member.tp, member.clock_mhz]
             slot = self._library.cluster_begin(
-                self._core, member.serial, member.tp, self.model.kv_tokens[member.tp], ctypes.byref(at), parked.idle_w, ready_ns
+                self._core,
+                member.serial,
+                member.tp,
+                self.model.kv_tokens[member.tp],
+                self.config.chunk_of(member.tp),
+                ctypes.byref(at),
+                parked.idle_w,
+                ready_ns,
             )
             if slot < 0:
                 raise MemoryError("no memory for another instance")

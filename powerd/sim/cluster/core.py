@@ -40,7 +40,7 @@ class CoreConfig(c.Structure):
         *[
             (name, c.c_int64)
             for name in (
-                "chunk_tokens", "max_running", "clock_set_ns", "park_after_ns", "wake_ns", "drain_limit_ns",
+                "max_running", "clock_set_ns", "park_after_ns", "wake_ns", "drain_limit_ns",
                 "tick_ns", "recent_ns", "begin_ns", "context_limit",
             )
         ],
@@ -97,7 +97,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "cluster_sizeof": (_L, [_I]),
     "cluster_new": (_P, [_P, _P]),
     "cluster_free": (None, [_P]),
-    "cluster_begin": (c.c_int32, [_P, c.c_int32, c.c_int32, _L, _P, _D, _L]),
+    "cluster_begin": (c.c_int32, [_P, c.c_int32, c.c_int32, _L, _L, _P, _D, _L]),
     "cluster_advance": (_I, [_P, _L]),
     "cluster_now": (_L, [_P]),
     "cluster_phase": (_I, [_P, c.c_int32]),
@@ -117,8 +117,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "cluster_close": (None, [_P]),
     "cluster_hold": (None, [_P, c.c_int32, _L, _L, _D]),
     "cluster_failed": (_I, [_P]),
-    "cluster_ticks": (_L, [_P]),
-    "cluster_power": (None, [_P, _P, _P]),
+    "cluster_power": (None, [_P, _L, _P, _P]),
 }
 
 

@@ -7,8 +7,8 @@ that is an assumption says so; times are seconds of one clock that begins at ``C
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,7 @@ class ClusterConfig:
     horizon_s: float = 120.0  # after the last arrival; what is not finished by then is a miss
     warm_begin: bool = True  # the first plan's instances serve at once
     begin_s: float = 0.0
+    chunk_by_tp: Mapping[int, int] = field(default_factory=dict)  # ``chunk_tokens`` of engines of this TP, where it is another
 
     def __post_init__(self) -> None:
         for name in ("start_s", "reshard_s", "clock_set_s", "wake_s", "horizon_s", "park_after_s", "drain_limit_s"):
@@ -129,8 +130,13 @@ class ClusterConfig:
                 raise ValueError(f"cluster: {name} is {value}, at least 0.001 is needed")
         if self.max_running < 1:
             raise ValueError(f"cluster: max_running is {self.max_running}, at least 1 is needed")
-        if self.chunk_tokens <= self.max_running:
-            raise ValueError(
-                f"cluster: chunk_tokens ({self.chunk_tokens}) has to be more than max_running ({self.max_running}), "
-                "or prompts could wait for ever"
-            )
+        for chunk_tokens in (self.chunk_tokens, *self.chunk_by_tp.values()):
+            if chunk_tokens <= self.max_running:
+                raise ValueError(
+                    f"cluster: chunk_tokens ({chunk_tokens}) has to be more than max_running ({self.max_running}), "
+                    "or prompts could wait for ever"
+                )
+
+    def chunk_of(self, tp: int) -> int:
+        """Return the tokens of an iteration of an engine of this tensor parallelism."""
+        return self.chunk_by_tp.get(tp, self.chunk_tokens)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from powerd.sim.cluster.inputs import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Results:
     off_gpu_s: float  # the others, up to ``Cluster``'s number of GPUs
     off_w: float  # what one of the others would draw by the model
     tick_s: float
-    power_w: Floats  # mean of each tick, without GPUs that are off
+    power_w: Floats  # mean of each tick from ``begin_s`` on (the last may be shorter), without GPUs that are off
     gpus_on: Floats  # mean of each tick
     counts: Mapping[str, int]  # arrived, finished, rejected_*, unfinished, starts, reshards, stops, clock_sets, parks, ...
 

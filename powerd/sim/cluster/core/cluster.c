@@ -66,7 +66,8 @@ EXPORT void cluster_free(Cluster *c) {
 }
 
 /* Begin an instance; its slot, or -1 without memory. It serves from `ready_ns` on and draws from now on. */
-EXPORT int32_t cluster_begin(Cluster *c, int32_t serial, int32_t tp, int64_t kv_tokens, const Coefficients *at, double park_idle_w, ns_t ready_ns) {
+EXPORT int32_t cluster_begin(Cluster *c, int32_t serial, int32_t tp, int64_t kv_tokens, int64_t chunk_tokens, const Coefficients *at,
+                             double park_idle_w, ns_t ready_ns) {
     int32_t slot = 0;
     while (slot < c->instance_count && c->instances[slot].phase != FREE) slot++;
     if (slot == c->instance_count) {
@@ -83,6 +84,7 @@ EXPORT int32_t cluster_begin(Cluster *c, int32_t serial, int32_t tp, int64_t kv_
     in->serial = serial;
     in->tp = tp;
     in->kv_tokens = kv_tokens;
+    in->chunk_tokens = chunk_tokens;
     in->now = in->next = *at;
     in->park_idle_w = park_idle_w;
     in->ready_ns = ready_ns;
@@ -339,9 +341,11 @@ EXPORT void cluster_hold(Cluster *c, int32_t gpus, ns_t from, ns_t until, double
 }
 
 EXPORT int cluster_failed(const Cluster *c) { return c->failed; }
-EXPORT int64_t cluster_ticks(const Cluster *c) { return c->ticks; }
-EXPORT void cluster_power(const Cluster *c, double *joules, double *gpu_s) {
-    if (c->ticks == 0) return;
-    memcpy(joules, c->tick_j, (size_t)c->ticks * sizeof(double));
-    memcpy(gpu_s, c->tick_gpu_s, (size_t)c->ticks * sizeof(double));
+
+/* Copy the joules and GPU seconds of up to `ticks` ticks. */
+EXPORT void cluster_power(const Cluster *c, int64_t ticks, double *joules, double *gpu_s) {
+    int64_t count = ticks < c->ticks ? ticks : c->ticks;
+    if (count == 0) return;
+    memcpy(joules, c->tick_j, (size_t)count * sizeof(double));
+    memcpy(gpu_s, c->tick_gpu_s, (size_t)count * sizeof(double));
 }

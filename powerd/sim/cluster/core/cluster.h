@@ -23,7 +23,7 @@ typedef struct { /* one instance at one tensor parallelism and clock; watts are 
 } Coefficients;
 
 typedef struct {
-    int64_t chunk_tokens, max_running;
+    int64_t max_running;
     ns_t clock_set_ns, park_after_ns /* NEVER: none */, wake_ns, drain_limit_ns /* NEVER: none */;
     ns_t tick_ns, recent_ns, begin_ns;
     int64_t context_limit;
@@ -66,7 +66,7 @@ typedef struct { double value; int64_t weight; } Weighted;
 typedef struct {
     Phase phase;
     int32_t serial, tp;
-    int64_t kv_tokens;
+    int64_t kv_tokens, chunk_tokens;
     Coefficients now, next; /* in force, and as last asked for: from the next iteration on */
     double park_idle_w;
     ns_t ready_ns, limit_ns, stop_ns;

@@ -65,7 +65,7 @@ static void push_first(Cluster *c, Instance *in, ns_t at, double ttft_s) {
         int64_t old = 0;
         while (old < in->first_count && in->firsts[old].at <= at - c->config.recent_ns) old++;
         in->first_count -= old;
-        memmove(in->firsts, in->firsts + old, (size_t)in->first_count * sizeof(First));
+        if (old > 0) memmove(in->firsts, in->firsts + old, (size_t)in->first_count * sizeof(First));
         if (in->first_count > in->first_space / 2 || in->first_space == 0)
             if (!grow(c, (void **)&in->firsts, &in->first_space, in->first_space + 1, sizeof(First))) return;
     }
@@ -145,7 +145,7 @@ static bool take_chunk(Cluster *c, Instance *in, int64_t tokens) {
 }
 
 static void fill(Cluster *c, Instance *in) {
-    int64_t room = c->config.chunk_tokens - in->running_count;
+    int64_t room = in->chunk_tokens - in->running_count;
     in->prompt_tokens = 0;
     while (room > 0 && !c->failed) {
         if (in->partial < 0) {
@@ -194,11 +194,11 @@ static void take_off(Cluster *c, Instance *in) {
     in->start = in->at;
     in->stall_ns = 0;
     in->flying = true;
-    in->gap_open = false;
 }
 
 /* Simulate all that ends by `until` and all that begins before it. */
 void engine_run(Cluster *c, Instance *in, ns_t until) {
+    if (in->phase != SERVING && in->phase != DRAINING) return;
     while (!c->failed) {
         if (in->flying) {
             if (until - in->start < in->span) return;

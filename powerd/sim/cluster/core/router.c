@@ -4,9 +4,9 @@
 #include "cluster.h"
 
 /* The seconds until the first token of a request of `prompt` tokens, if it were sent there now. */
-static double estimate_s(const Cluster *c, const Instance *in, int64_t prompt) {
+static double estimate_s(const Instance *in, int64_t prompt) {
     const Coefficients *k = &in->next;
-    int64_t b = in->running_count, tokens = in->outstanding + prompt, room = c->config.chunk_tokens - b;
+    int64_t b = in->running_count, tokens = in->outstanding + prompt, room = in->chunk_tokens - b;
     int64_t iterations = (tokens + room - 1) / room;
     double fixed_s = b && k->decode_fixed_s > k->prefill_fixed_s ? k->decode_fixed_s : k->prefill_fixed_s;
     return (double)iterations * (fixed_s + k->decode_request_s * (double)b) + k->prefill_token_s * (double)tokens;
@@ -29,7 +29,7 @@ int32_t route(Cluster *c, int64_t request, int32_t except, ns_t now) {
             Instance *in = &c->instances[slot];
             if (in->phase != SERVING || slot == except) continue;
             engine_run(c, in, now);
-            double wait_s = estimate_s(c, in, c->requests.prompt_tokens[request]);
+            double wait_s = estimate_s(in, c->requests.prompt_tokens[request]);
             if (wait_s <= slo_s) {
                 if (best < 0 || fewer(in, &c->instances[best])) best = slot;
             } else if (soonest < 0 || wait_s < soonest_s) {

@@ -180,6 +180,7 @@ class StaticReplica:
     tbt_s: float = knob(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
     tp: int = knob(1, "tensor parallelism", low=1, high=64)
     engine: str = knob("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
+    chunk_tokens: int = knob(512, "prompt tokens of one iteration at most (vLLM: max_num_batched_tokens)", low=1, high=1 << 20)
     profile: str = knob("", "engine profile; empty: the clock is parked when idle and full otherwise")
 
 

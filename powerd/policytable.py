@@ -54,7 +54,14 @@ class ParkingOnly:
 
 
 def instance_policy(
-    profile: str | None, folder: str, tp: int, slo: Slo, clocks_mhz: Sequence[int], park_after_s: float, period_s: float
+    profile: str | None,
+    folder: str,
+    tp: int,
+    slo: Slo,
+    clocks_mhz: Sequence[int],
+    park_after_s: float,
+    period_s: float,
+    chunk_tokens: int = 512,
 ) -> InstancePolicy:
     """The policy of one instance on GPUs that have these clocks, ascending. RequestError says which profile would do."""
     if not clocks_mhz:
@@ -64,7 +71,7 @@ def instance_policy(
         return ParkingOnly(max(clocks_mhz), min(c for c in clocks_mhz if c >= half), park_after_s)
     model = _engine_model(profile, folder)
     try:
-        return InstanceController(model, tp, slo, dwell_s=park_after_s, period_s=max(period_s, 1.0))
+        return InstanceController(model, tp, slo, chunk_tokens=chunk_tokens, dwell_s=park_after_s, period_s=max(period_s, 1.0))
     except ValueError as error:
         raise RequestError(str(error), hint="powerctl dynamollm profile measures another", code="bad_value") from error
 

@@ -80,7 +80,7 @@ class Replica:
         self._clock, self._config, self._snapshot = clock, config, snapshot
         policy = instance_policy(
             request.profile, config.profile_dir, request.tp, Slo(request.slo.ttft_s, request.slo.tbt_s), clocks_mhz,
-            config.park_after_s, config.scrape_s,
+            config.park_after_s, config.scrape_s, request.chunk_tokens,
         )  # fmt: skip
         self.governor = Governor(
             policy, request.slo, clocks_mhz, now_s=seconds(clock.now_ns()), stale_s=config.stale_s,

@@ -46,6 +46,8 @@ def check_replica(request: ReplicaRequest, allowed_hosts: str, profile_dir: str)
             raise RequestError(f"{what} {name[:80]!r}: letters, digits and ._/- are needed, at most 63", code="bad_value")
     if not 1 <= request.tp <= 64:
         raise RequestError(f"tp {request.tp} is outside 1..64", code="bad_value")
+    if not 1 <= request.chunk_tokens <= 1 << 20:
+        raise RequestError(f"chunk_tokens {request.chunk_tokens} is outside 1..{1 << 20}", code="bad_value")
     if request.engine not in ENGINES:
         raise RequestError(f"engine {request.engine[:40]!r} is none of {', '.join(ENGINES)}", code="bad_value")
     for what, value_s in (("ttft_s", request.slo.ttft_s), ("tbt_s", request.slo.tbt_s)):
@@ -60,7 +62,7 @@ def static_request(static: StaticReplica) -> ReplicaRequest:
     """What a ``[[replica]]`` of the configuration asks for."""
     return ReplicaRequest(
         static.name, static.pool, static.gpus, static.metrics_url, SloSpec(static.ttft_s, static.tbt_s), static.tp, static.engine,
-        static.profile or None, detached=True,
+        static.profile or None, detached=True, chunk_tokens=static.chunk_tokens,
     )  # fmt: skip
 
 

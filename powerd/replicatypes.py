@@ -37,6 +37,7 @@ class ReplicaRequest:
     profile: str | None = None  # what the engine's speed and power are known by; None: only parks clocks when idle
     ttl_s: float | None = None  # None: the daemon's default
     detached: bool = False  # True: bound to TTL and heartbeat only, not to a connection
+    chunk_tokens: int = 512  # prompt tokens of one iteration at most: vLLM's max_num_batched_tokens
 
 
 @dataclass(frozen=True, slots=True)

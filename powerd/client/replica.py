@@ -139,19 +139,21 @@ class ReplicaCalls(ABC):
         tp: int | None = None,
         engine: str = "auto",
         profile: str | None = None,
+        chunk_tokens: int = 512,
         ttl_s: float | None = None,
     ) -> Replica:
         """Have the daemon hold the lowest clock at which this replica keeps its SLO, until released or this process ends.
 
-        ``tp`` is the number of GPUs unless said otherwise. Raises RequestError for what is wrong with it, UnavailableError
-        without a daemon; with ``on_error="log"`` it warns, and the replica runs at full clock until a daemon is there.
+        ``tp`` is the number of GPUs unless said otherwise, ``chunk_tokens`` what one iteration computes of prompts at most.
+        Raises RequestError for what is wrong with it, UnavailableError without a daemon; with ``on_error="log"`` it warns, and
+        the replica runs at full clock until a daemon is there.
         """
 
         def request() -> ReplicaRequest:
             uuids = self.resolve(gpus)
             return ReplicaRequest(
                 name, pool, uuids, metrics_url, SloSpec(ttft_s, tbt_s), tp or len(uuids), engine, profile, ttl_s,
-                detached=self.transport.socket_path is None,
+                detached=self.transport.socket_path is None, chunk_tokens=chunk_tokens,
             )  # fmt: skip
 
         return Replica(cast("Client", self), request)

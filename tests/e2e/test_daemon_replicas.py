@@ -232,6 +232,7 @@ def test_the_metrics_page_shows_pools_and_openapi_the_route(node: Rig, engine: E
         ({"slo": {"ttft_s": 1}}, 422, "tbt_s"),
         ({"tp": 0}, 422, "tp 0 is outside"),
         ({"tp": 16}, 422, "holds no clock for tensor parallelism 16: it holds"),
+        ({"chunk_tokens": 0}, 422, "chunk_tokens 0 is outside"),
         ({"engine": "triton"}, 422, "is none of auto, vllm, sglang"),
         ({"profile": "llama2_h100"}, 422, "no engine profile"),
         ({"profile": "../../etc/passwd"}, 422, "no engine profile"),

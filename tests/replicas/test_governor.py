@@ -199,6 +199,16 @@ def test_a_clock_is_only_ever_lowered_on_enough_good_pages_in_a_row(story: list[
             assert clock_mhz is None
 
 
+def test_a_larger_chunk_needs_a_higher_clock() -> None:
+    load = InstanceLoad(running=4, requests_per_s=0.5, prompt_tokens_per_s=500.0, output_tokens_per_s=50.0)
+
+    def decided(chunk_tokens: int) -> int:
+        policy = instance_policy("llama2-70b_h100", "", 8, Slo(2.0, 0.1), CLOCKS, 1.0, 1.0, chunk_tokens)
+        return [policy.clock(float(second), load).clock_mhz for second in range(10)][-1]
+
+    assert decided(512) < decided(1024) <= 1980
+
+
 @pytest.mark.parametrize("profile", ["llama2-70b_h100", "llama2-70b_a100"])
 def test_shipped_profiles_decide(profile: str) -> None:
     policy = instance_policy(profile, "", 4, Slo(2.0, 0.2), CLOCKS, 1.0, 1.0)

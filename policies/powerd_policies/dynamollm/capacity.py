@@ -20,7 +20,7 @@ from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.predictor import Rate
 
 KV_SAFE: Final = 0.85  # of the KV memory is planned with
-SPREAD: Final = 2.5  # standard deviations of the batch that are kept in hand
+SPREAD: Final = 2.0  # standard deviations of the batch that are kept in hand
 UNEVEN: Final = 2.0  # requests by which one instance may be above the mean, since requests do not move
 
 
@@ -105,7 +105,8 @@ class Service:
 class Capacity:
     """Answers what a fleet of one model holds.
 
-    ``share_late`` of all requests and ``class_late`` of each class may miss; ``margin`` of each SLO is planned with.
+    ``share_late`` of all requests and ``class_late`` of each class may miss; ``margin`` of TTFT, which depends on chance, and
+    ``tbt_margin`` of TBT, which does not, are planned with.
     """
 
     model: EngineModel
@@ -115,6 +116,7 @@ class Capacity:
     share_late: float = 0.005
     class_late: float = 0.03
     margin: float = 0.95
+    tbt_margin: float = 0.985
     _cache: dict[object, Service] = field(default_factory=dict, repr=False, compare=False)
 
     def serve(self, tp: int, clock_mhz: int, n: int, demand: Demand) -> Service:
@@ -159,7 +161,7 @@ class Capacity:
             if rate.requests_per_s <= 0:
                 continue
             slo = self.classes.slos[name]
-            if full_s > self.margin * slo.tbt_s:
+            if full_s > self.tbt_margin * slo.tbt_s:
                 lacks = lacks or f"TBT of {name}: an iteration takes {1e3 * full_s:.0f} ms"
             missed = 0.0
             for weight, tokens in self.lengths[name].prompts:

@@ -23,7 +23,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Gate:
-    """Lets a change pass only if it saves ``factor`` times its cost within ``horizon_s``, and not sooner than the last one allows."""
+    """Lets a change pass that saves ``factor`` times its cost within ``horizon_s``, not sooner than the last one allows."""
 
     horizon_s: float = 600.0
     factor: float = 1.0

@@ -21,7 +21,9 @@ KV_PRESSURE: Final = 0.9  # of the KV memory: from here on requests are about to
 CV2: Final = (
     1.5  # squared coefficient of variation of prompts: that of the published conversation trace is 1.1, of the coding one 0.9
 )
-MARGIN: Final = 0.95  # of an SLO is planned for
+MARGIN: Final = 0.95  # of the TTFT is planned for
+GROWTH: Final = 3.0  # standard deviations of what arrives in a period are expected on top of the batch
+TBT_MARGIN: Final = 0.97  # of the TBT, which depends less on chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +158,24 @@ class InstanceController:
         ahead = load.queued_prompt_tokens
         tokens = float(load.queued * self.prompt_tokens if ahead is None else ahead)
         waited_s = load.oldest_wait_s or 0.0
-        batch = load.running + load.queued + 2.0 * math.sqrt(rate * self.period_s)
+        batch = load.running + load.queued + GROWTH * math.sqrt(rate * self.period_s)
+        floor = self.floor_mhz
         mean = prompt / rate if rate > 0 else self.prompt_tokens
         best, best_w, lacks = None, math.inf, "TBT"
         for step in self._steps:
             decode_s = step.fixed_s + step.request_s * batch
             room = max(1.0, chunk - batch)
             full_s = decode_s + step.prefill_token_s * room
-            if full_s > MARGIN * slo.tbt_s:
+            if full_s > TBT_MARGIN * slo.tbt_s:
                 lacks = "TBT"
                 continue
             token_s = full_s / room
             if waited_s + tokens * token_s > MARGIN * slo.ttft_s:
                 lacks = "TTFT of what waits"
+                continue
+            if floor is not None:  # what is to come is the pool's business, which sees all of it
+                if step.clock_mhz >= floor:
+                    return step.clock_mhz, "the pool's clock" if step.clock_mhz == floor else "more than the pool's clock"
                 continue
             if not _keeps(prompt * token_s, mean * token_s, slo.ttft_s * MARGIN - full_s, self.peers, self.share_late):
                 lacks = "TTFT"

@@ -7,7 +7,7 @@ was to be changed and is not, is an event; the fleet grows at once and shrinks o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -74,8 +74,20 @@ def build(
     if knobs.tp not in model.tps:
         raise ValueError(f"{name} needs tensor parallelism {knobs.tp}; the profile of {model.name} holds {model.tps}")
     known = {**assumed(classes), **(lengths or {})}
-    capacity = Capacity(model, classes, known, chunk_tokens)
-    return Fleet(name, knobs, capacity, gpus, overheads or Overheads(), predictor or forecasts.LoadPredictor())
+    capacity = Capacity(model, classes, known, chunk_tokens, knobs.share_late)
+    return Fleet(name, knobs, capacity, gpus, overheads or Overheads(), predictor or forecaster())
+
+
+def forecaster(
+    *, epoch_s: float = 0.0, history: Iterable[forecasts.Observed] = (), injected: forecasts.Injected | None = None
+) -> forecasts.LoadPredictor:
+    """Return the predictor as these controllers want it: they react within seconds, so the recent past is short.
+
+    ``history`` as ``LoadPredictor.learn`` takes it; ``epoch_s`` is where in the week time 0 lies.
+    """
+    found = forecasts.LoadPredictor(epoch_s=epoch_s, knobs=forecasts.Knobs(level_s=120.0, peak_s=120.0), injected=injected)
+    found.learn(history)
+    return found
 
 
 def static(
@@ -169,7 +181,7 @@ class Fleet:
             self.shapes = self._everything()
         if not (knobs.instances or knobs.shards):
             return
-        ends_s = now_s + self.lead_s + knobs.pool_s
+        ends_s = now_s + self.lead_s + knobs.ahead_s
         forecast = self.predictor.peak(now_s, ends_s)
         if total_of(forecast).requests_per_s <= 0 or (
             not self._planned and self.recent.covered_s > 0 and self.recent.covered_s < knobs.warmup_s
@@ -179,7 +191,7 @@ class Fleet:
         due = now_s >= self._pool_s + knobs.pool_s - SURE or not self._planned
         if not due and (now_s < self._pool_s + EARLY_S or not (late or self._outgrown(state))):
             return
-        surge = scaled(self.recent.rates(knobs.surge_s), 1.1)
+        surge = scaled(self.recent.rates(knobs.surge_s), knobs.surge_margin)
         peak = {name: _larger(rate, surge.get(name, Rate())) for name, rate in forecast.items()}
         if not due:
             events.append(FleetEvent(now_s, "misprediction", "fleet", self._says(surge)))

@@ -20,6 +20,9 @@ from powerd.api import JobEvent, JobStep, LeaseRequest, WantSpec
 from powerd.clock import NS
 from powerd.model import Control
 from powerd.replicatypes import ReplicaRequest, SloSpec
+from powerd_integrations.fleet.page import page as fleet_page
+from powerd_integrations.fleet.planner import PlannerFigures
+from powerd_integrations.fleet.published import Group, PublishedPlan
 from tests.docs.markdown import ROOT
 from tests.e2e.live import LiveNode, free_port, wait_for
 from tests.hw.test_rapl import FakePowercap
@@ -43,13 +46,8 @@ scrape_configs:
   - job_name: powerd-planner
     static_configs: [{{targets: ["127.0.0.1:{planner}"]}}]
 """
-PLANNER = """\
-# TYPE powerd_desired_replicas gauge
-powerd_desired_replicas{pool="chat",tp="1"} 2.0
-powerd_desired_replicas{pool="code",tp="1"} 1.0
-# TYPE powerd_desired_clock_hertz gauge
-powerd_desired_clock_hertz{pool="chat",tp="1"} 1200000000.0
-"""
+CHAT, CODE = Group("chat", 1), Group("code", 1)
+PLAN = PublishedPlan(1, 1.0, 2.0, desired={CHAT: 2, CODE: 1}, clocks_mhz={CHAT: 1200})
 
 
 READ_TOKEN = "only-reads-0123456789"
@@ -130,7 +128,7 @@ def prometheus(node: LiveNode, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "token").write_text(READ_TOKEN)
     planner = Endpoint(Engine())
-    planner.text = PLANNER
+    planner.text = fleet_page(PLAN, PlannerFigures(1, 0.1, 0, 0, {}, {}))
     port = planner.url.split(":")[2].split("/")[0]
     server = Prometheus(folder, SCRAPE.format(rules=RULES, token=folder / "token", port=node.tcp_port, planner=port))
     server.start()

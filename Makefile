@@ -21,7 +21,7 @@ RAY_TOOLS := 'ray[serve]' grpcio grpcio-tools
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 FAST := not long and not slow and not peers and not torch and not ray and not real
 
-.PHONY: help demo test check test-long bench bench-perseus constraints preflight clean
+.PHONY: help demo test check test-long bench bench-perseus bench-dynamollm constraints preflight clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make test-long  the long campaigns"
 	@echo "make bench      the benchmarks"
 	@echo "make bench-perseus  Perseus beside published figures and beside lowtime (BENCH_ARGS=--write keeps them)"
+	@echo "make bench-dynamollm  DynamoLLM beside its baselines (BENCH_ARGS=--write keeps them, --quick takes a minute)"
 
 preflight:
 	@.ci/preflight "$(PYTHON)"
@@ -56,6 +57,9 @@ bench: .venv/.installed-dev
 
 bench-perseus: .venv/.installed-dev .venv-peers/.installed
 	$(BIN)/python -m benchmarks.perseus $(BENCH_ARGS)
+
+bench-dynamollm: .venv/.installed-dev
+	nice -n 5 $(BIN)/python -m benchmarks.dynamollm $(BENCH_ARGS)
 
 # What users run: the project, editable, with all that a node needs.
 .venv/.installed: pyproject.toml constraints.txt

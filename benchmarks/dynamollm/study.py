@@ -1,7 +1,7 @@
 """One trace at several loads under all policies: the table, and the promises that it keeps or breaks.
 
-House rules: SinglePool is what savings are against; BestStatic is searched anew for every load; a promise that is broken says by how
-much and fails the command; everything is modelled.
+House rules: SinglePool is what savings are against; BestStatic is searched anew for every load; a promise that is broken says by
+how much and fails the command; everything is modelled.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def table(study: Study) -> Table:
             made.append((
                 f"{load:g}", name, f"{entry['energy_kwh']:.4g}", f"{saving(rows, name):.1%}",
                 f"{saving(rows, name, 'energy_kwh_off_72w'):.1%}", f"{entry['gpu_hours']:.4g}",
-                f"{entry['power_p50_w'] / 1000:.1f} kW", f"{entry['power_p99_w'] / 1000:.1f} kW", f"{entry['slo_attainment']:.2%}",
+                f"{entry['power_p50_w'] / 1000:.1f} kW", f"{entry['power_p99_w'] / 1000:.1f} kW",
+                f"{entry['slo_attainment']:.2%}",
                 f"{worst} {share:.1%}", f"{1000 * (entry['classes'][worst]['ttft_p99_s'] or 0):.0f} ms", str(entry["rejected"]),
             ))  # fmt: skip
     return Table(header, tuple(made))
@@ -103,8 +104,8 @@ def promises(study: Study) -> list[tuple[str, bool]]:
             )
         if load == 1.0 and STATIC in rows:
             ahead = saving(rows, FULL) - saving(rows, STATIC)
-            found.append((f"{where}: dynamollm is {100 * ahead:+.1f} points ahead of beststatic (at least {100 * AHEAD[name]:+.0f})",
-                          ahead >= AHEAD[name]))  # fmt: skip
+            text = f"{where}: dynamollm is {100 * ahead:+.1f} points ahead of beststatic (at least {100 * AHEAD[name]:+.0f})"
+            found.append((text, ahead >= AHEAD[name]))
         for policy in SINGLE_KNOBS:
             if policy in rows:
                 alone = saving(rows, policy)

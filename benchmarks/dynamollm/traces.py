@@ -1,7 +1,7 @@
 """The traces that policies are judged on, what may be known before each, and the load that is called 1.0.
 
-House rules: knobs were fixed on the first half of the hour and on ``KNOB_SEED``; what is reported is of ``SEED``, and histories are of
-``HISTORY_SEED``; load 1.0 is the largest at which SinglePool keeps 99 % of requests within their SLO, found by bisection.
+House rules: knobs were fixed on the first half of the hour and on ``KNOB_SEED``; what is reported is of ``SEED``, histories
+are of ``HISTORY_SEED``; load 1.0 is the largest at which SinglePool keeps 99 % of requests within their SLO, found by bisection.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from powerd.sim.replay.compare import Comparison
 from powerd.sim.replay.generate import DAY_S, Shape, generate
 from powerd.sim.replay.scenario import Scenario
 from powerd.sim.replay.trace import WEEK_S, Trace, read
+from powerd_policies.dynamollm.engine_model import EngineModel
 
 KNOB_SEED, SEED, HISTORY_SEED = 11, 101, 7
 SHAPE = Shape(requests_per_s=20.0)
@@ -64,10 +65,10 @@ def week(seed: int = SEED) -> Case:
     return Case("week", generate(lengths(), WEEK_S, seed, SHAPE), past())
 
 
-def prepared(case: Case, load: float, scenario: Scenario) -> Comparison:
+def prepared(case: Case, load: float, scenario: Scenario, model: EngineModel | None = None) -> Comparison:
     """The case at a load, as policies are run on it; the history is at the same load, as a service's own past would be."""
     history = None if case.history is None else scale.scaled(case.history, load, HISTORY_SEED)
-    return session.prepare(scale.scaled(case.trace, load, scenario.run.seed), scenario, history)
+    return session.prepare(scale.scaled(case.trace, load, scenario.run.seed), scenario, history, model)
 
 
 def full_load(case: Case, scenario: Scenario, told: Callable[[str], None] = lambda text: None) -> float:

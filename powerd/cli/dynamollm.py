@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from powerd.cli import dynamollm_profile
 from powerd.cli.context import JsonFlag, note, write_text
 from powerd.cli.output import console, progress
 from powerd.errors import RequestError
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 
 DAYS_MOST = 28.0
+
+app.command("profile", no_args_is_help=True)(dynamollm_profile.profile)
 
 
 @app.command("replay", no_args_is_help=True)
@@ -63,12 +66,14 @@ def replay(
         raise RequestError("no policies", hint=f"valid: {', '.join(policies.POLICIES)}", code="bad_value")
     chosen = session.chosen(names)
     scenario = session.scenario(scenario_path, load)
-    history = None if history_path is None else trace.read(history_path)
-    comparison = session.prepare(scale.scaled(trace.read(trace_path), scenario.run.load, scenario.run.seed), scenario, history)
+
+    def scaled(path: Path) -> Trace:
+        return scale.scaled(trace.read(path), scenario.run.load, scenario.run.seed)
+
+    comparison = session.prepare(scaled(trace_path), scenario, None if history_path is None else scaled(history_path))
     if comparison.workload.oversize:
-        note(
-            f"{comparison.workload.oversize} prompts are beyond the context limit of {scenario.classes.context_limit} tokens: rejected"
-        )
+        limit = scenario.classes.context_limit
+        note(f"{comparison.workload.oversize} prompts are beyond the context limit of {limit} tokens: rejected")
     with progress("replay") as told:
         summaries = compare.compare(chosen, comparison, jobs, lambda done_s, total_s: told(round(done_s), round(total_s)))
     made = session.report(comparison, summaries)

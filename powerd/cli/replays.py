@@ -22,8 +22,10 @@ COLOURS = ("0.35", "tab:brown", "tab:olive", "tab:green", "tab:purple", "tab:ora
 
 def energy_table(policies: dict[str, Any], title: str) -> Table:
     """One row per policy: energy, cost, promises."""
-    shown = table("policy", ">energy", ">saving", ">off GPUs at 72 W", ">GPU-hours", ">cost", ">carbon", ">power p50", ">p99", ">in SLO",
-                  ">worst class", ">rejected", ">unfinished", title=title)  # fmt: skip
+    shown = table(
+        "policy", ">energy", ">saving", ">off GPUs at 72 W", ">GPU-hours", ">cost", ">carbon", ">power p50", ">p99", ">in SLO",
+        ">worst class", ">rejected", ">unfinished", title=title,
+    )  # fmt: skip
     first = next(iter(policies.values()))
     for name, made in policies.items():
         shares = {n: c["slo_attainment"] for n, c in made["classes"].items() if c["slo_attainment"] is not None}
@@ -42,12 +44,12 @@ def latency_table(policies: dict[str, Any]) -> Table:
     """One row per policy and class that occurs: latencies and energy of a request."""
     shown = table("policy", "class", ">requests", ">in SLO", ">TTFT p50", ">p99", ">TBT p50", ">p99", ">energy per request")
     for name, made in policies.items():
-        for label, row in made["classes"].items():
-            if row["requests"]:
-                times = [_ms(row[key]) for key in ("ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s")]
-                joules = row["energy_per_request_j"]
-                shown.add_row(name, label, str(row["requests"]), f"{row['slo_attainment']:.2%}", *times, f"{joules:.4g} J")
-                name = ""
+        for n, (label, row) in enumerate((label, row) for label, row in made["classes"].items() if row["requests"]):
+            times = [_ms(row[key]) for key in ("ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s")]
+            joules = row["energy_per_request_j"]
+            shown.add_row(
+                "" if n else name, label, str(row["requests"]), f"{row['slo_attainment']:.2%}", *times, f"{joules:.4g} J"
+            )
     return shown
 
 
@@ -66,7 +68,7 @@ def draw(path: Path, summaries: Sequence[Summary], title: str) -> None:
     figure.suptitle(f"{title} (modelled)", fontsize=11)
     colours = {s.policy: COLOURS[n % len(COLOURS)] for n, s in enumerate(summaries)}
     _bars(figure.add_subplot(grid[0, 0]), summaries, colours, "energy_kwh", "GPU energy (kWh)")
-    _bars(figure.add_subplot(grid[0, 1]), summaries, colours, "gpu_hours", "GPU-hours")
+    _fleet(figure.add_subplot(grid[0, 1]), summaries[-1])
     _lines(figure.add_subplot(grid[1, :]), summaries, colours, "power_kw", "power of all GPUs (kW)").legend(fontsize=7, ncol=4)
     _lines(figure.add_subplot(grid[2, 0]), summaries, colours, "gpus", "GPUs that serve")
     _lines(figure.add_subplot(grid[2, 1]), summaries, colours, "clock_mhz", "mean SM clock (MHz)")
@@ -91,6 +93,18 @@ def _bars(axes: Any, summaries: Sequence[Summary], colours: dict[str, str], key:
     axes.tick_params(axis="x", labelrotation=20, labelsize=7)
 
 
+def _fleet(axes: Any, summary: Summary) -> None:
+    """The last policy's GPUs by tensor parallelism, stacked."""
+    kinds = [key for key in summary.series if key.startswith("tp")]
+    times = [t / 3600 for t in summary.series["gpus"][0]]
+    stacked = [[count * int(key[2:]) for count in summary.series[key][1]] for key in kinds]
+    if stacked:
+        axes.stackplot(times, stacked, labels=[key.upper() for key in kinds], step="post")
+        axes.legend(fontsize=7)
+    axes.set_ylabel(f"GPUs of {summary.policy}", fontsize=8)
+    axes.set_xlabel("hours", fontsize=8)
+
+
 def _lines(axes: Any, summaries: Sequence[Summary], colours: dict[str, str], key: str, label: str) -> Any:
     for summary in summaries:
         times, values = summary.series[key]
@@ -113,5 +127,5 @@ def _latencies(axes: Any, summaries: Sequence[Summary], colours: dict[str, str],
         axes.plot(at, high, "_", color=colours[summary.policy], markersize=5)
     axes.set_xticks(range(len(classes)), classes, fontsize=8)
     axes.set_ylabel(label, fontsize=8)
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     axes.grid(alpha=0.3, axis="y")

@@ -1,4 +1,4 @@
-"""Traces: what is read is what the file says, what is wrong is named, scaled load keeps lengths and rate, weeks have their shape."""
+"""Traces: what is read is what the file says, what is wrong is named, scaled load keeps lengths and rate, weeks have a shape."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ from powerd.sim.replay.trace import WEEK_S, Trace
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 REAL = resources.folder("profiles") / "traces" / "azure_llm_2023_conversation.csv.gz"
-
-
-@pytest.fixture(scope="module")
-def hour() -> Trace:
-    return trace.read(REAL)
 
 
 def test_the_published_hour_is_read_whole(hour: Trace) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from powerd_policies.dynamollm.capacity import steady_w
 from powerd_policies.dynamollm.engine_model import EngineModel
 
+AIM = 0.95  # of the budget: load moves within the seconds between two looks
 UNLEARN = 0.05  # of a correction that proves too high is forgotten at every look
 
 
@@ -39,7 +40,7 @@ class WattBudget:
     """Keeps a fleet within ``budget_w``."""
 
     def __init__(self, model: EngineModel, budget_w: float) -> None:
-        self.model, self.budget_w = model, budget_w
+        self.model, self.budget_w, self._aim_w = model, budget_w, AIM * budget_w
         self.correction = 1.0
 
     def learn(self, measured_w: float | None, modelled_w: float) -> None:
@@ -53,16 +54,16 @@ class WattBudget:
         """Return the modelled watts of the fleet with no clock above ``ceiling_mhz``, without correction."""
         return sum(draw.count * draw.tp * self._gpu_w(draw, ceiling_mhz) for draw in draws)
 
-    def ceiling(self, draws: Sequence[Draw]) -> Ceiling:
-        """Return the highest ceiling that keeps the budget."""
-        power_w = self.correction * self.power_w(draws)
-        if power_w <= self.budget_w:
+    def ceiling(self, draws: Sequence[Draw], more_w: float = 0.0) -> Ceiling:
+        """Return the highest ceiling that keeps the budget; ``more_w`` is drawn whatever the ceiling."""
+        power_w = self.correction * (more_w + self.power_w(draws))
+        if power_w <= self._aim_w:
             return Ceiling(None, power_w, True)
         for clock in sorted({clock for _, clock in self.model.table}, reverse=True):
-            power_w = self.correction * self.power_w(draws, clock)
-            if power_w <= self.budget_w:
+            power_w = self.correction * (more_w + self.power_w(draws, clock))
+            if power_w <= self._aim_w:
                 return Ceiling(clock, power_w, True)
-        return Ceiling(min(clock for _, clock in self.model.table), power_w, False)
+        return Ceiling(min(clock for _, clock in self.model.table), power_w, power_w <= self.budget_w)
 
     def _gpu_w(self, draw: Draw, ceiling_mhz: int | None) -> float:
         clock = draw.clock_mhz

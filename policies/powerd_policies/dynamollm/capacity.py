@@ -101,6 +101,14 @@ class Service:
     power_w: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    ttft_s: float  # planned with
+    tbt_s: float
+    prompts: tuple[tuple[float, float], ...]
+    second: float  # mean square of its prompts
+
+
 @dataclass(frozen=True)
 class Capacity:
     """Answers what a fleet of one model holds.
@@ -117,7 +125,17 @@ class Capacity:
     class_late: float = 0.03
     margin: float = 0.95
     tbt_margin: float = 0.985
-    _cache: dict[object, Service] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[str, _Known] = field(default_factory=dict, repr=False, compare=False)
+
+    def _of(self, name: str) -> _Known:
+        """Return what the inner loop needs of a class, worked out once."""
+        found = self._known.get(name)
+        if found is None:
+            slo, prompts = self.classes.slos[name], self.lengths[name].prompts
+            second = sum(weight * tokens * tokens for weight, tokens in prompts)
+            found = _Known(self.margin * slo.ttft_s, self.tbt_margin * slo.tbt_s, prompts, second)
+            self._known[name] = found
+        return found
 
     def serve(self, tp: int, clock_mhz: int, n: int, demand: Demand) -> Service:
         """Return how ``n`` instances at ``tp`` and ``clock_mhz`` serve ``demand``; KeyError when the model has no such point."""
@@ -153,37 +171,32 @@ class Capacity:
         if busy >= 0.98:
             return "throughput of prompts for all classes", 1.0
         full_s = decode_s + at.prefill_token_s * room
-        service_s = total.prompt_tokens_per_s / total.requests_per_s * full_s / room
+        square = 0.0
+        for name, rate in demand.items():
+            if rate.requests_per_s > 0:
+                known = self._of(name)
+                if full_s > known.tbt_s:
+                    return f"TBT of {name}: an iteration takes {1e3 * full_s:.0f} ms", 1.0
+                square += rate.requests_per_s * known.second
+        mean = total.prompt_tokens_per_s / total.requests_per_s
+        cv2 = max(0.2, square / total.requests_per_s / (mean * mean) - 1.0) if mean > 0 else 1.0
         waits = busy ** (math.sqrt(2.0 * (n + 1)) - 1.0)
-        scale_s = max(1e-6, service_s * (1.0 + self._cv2(demand, total)) / (2.0 * n * (1.0 - busy)))
-        lacks, late = "", 0.0
+        per_s = 2.0 * n * (1.0 - busy) / ((1.0 + cv2) * max(mean * full_s / room, 1e-6))
+        lacks, late, exp, token_s, half_s = "", 0.0, math.exp, at.prefill_token_s, 0.5 * decode_s
         for name, rate in demand.items():
             if rate.requests_per_s <= 0:
                 continue
-            slo = self.classes.slos[name]
-            if full_s > self.tbt_margin * slo.tbt_s:
-                lacks = lacks or f"TBT of {name}: an iteration takes {1e3 * full_s:.0f} ms"
-            missed = 0.0
-            for weight, tokens in self.lengths[name].prompts:
-                rounds = max(1, math.ceil(tokens / room))
-                own_s = rounds * decode_s + tokens * at.prefill_token_s + 0.5 * decode_s
-                left_s = self.margin * slo.ttft_s - own_s
-                missed += weight * (waits * math.exp(-left_s / scale_s) if left_s > 0 else 1.0)
-            if missed > self.class_late:
-                lacks = lacks or f"TTFT of {name}: {100 * missed:.1f} % miss"
+            known, missed = self._of(name), 0.0
+            for weight, tokens in known.prompts:
+                rounds = -int(-tokens // room) or 1
+                left_s = known.ttft_s - rounds * decode_s - tokens * token_s - half_s
+                missed += weight * (waits * exp(-left_s * per_s) if left_s > 0 else 1.0)
+            if missed > self.class_late and not lacks:
+                lacks = f"TTFT of {name}: {100 * missed:.1f} % miss"
             late += missed * rate.requests_per_s / total.requests_per_s
-        if late > self.share_late:
-            lacks = lacks or f"TTFT of all classes: {100 * late:.1f} % miss"
-        return lacks, 1.0 if lacks.startswith("TBT") else late
-
-    def _cv2(self, demand: Demand, total: Rate) -> float:
-        """Return the squared coefficient of variation of the prompts of ``demand``."""
-        mean = total.prompt_tokens_per_s / total.requests_per_s
-        second = sum(
-            rate.requests_per_s * sum(weight * tokens * tokens for weight, tokens in self.lengths[name].prompts)
-            for name, rate in demand.items()
-        )
-        return max(0.2, second / total.requests_per_s / (mean * mean) - 1.0)
+        if late > self.share_late and not lacks:
+            lacks = f"TTFT of all classes: {100 * late:.1f} % miss"
+        return lacks, late
 
     def least(self, tp: int, clock_mhz: int, demand: Demand, most: int) -> int | None:
         """Return the fewest instances that keep ``demand``, None when ``most`` do not."""

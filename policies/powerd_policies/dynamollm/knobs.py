@@ -34,6 +34,9 @@ class Knobs:
     fast_s: float = 20.0  # the recent load, for clocks
     surge_s: float = 30.0  # and for outgrown plans
     ahead_s: float = 60.0  # how far beyond a start the pools look: what comes later can still be started for
+    outgrown: float = 1.05  # times the recent load that the highest clocks no longer hold: decided at once
+    trend: float = 0.5  # of a rise within the last minute is expected once more
+    young_s: float = 60.0  # without a history, load seen for t seconds may be a trough: 1 + young_s / t times it is held
     surge_margin: float = 1.1  # times the recent load is held at least
     horizon_s: float = 600.0  # a change has to pay for itself within
     merge_gain: float = 0.03  # another partition must save this share of the power

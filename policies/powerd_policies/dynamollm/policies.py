@@ -140,8 +140,10 @@ class Fleet:
         self._begun_s: float | None = None
         self._cluster_s = self._pool_s = -float("inf")  # when these decided last
         self._planned = False
+        self._helped = True  # the last decision changed something
+        self._cold = False  # there is no history
         self._modelled_w = 0.0
-        self._within = True
+        self._within = (True, True)
         self._lacks = ""
 
     def decide(self, state: FleetState) -> FleetPlan:
@@ -183,24 +185,39 @@ class Fleet:
             return
         ends_s = now_s + self.lead_s + knobs.ahead_s
         forecast = self.predictor.peak(now_s, ends_s)
-        if total_of(forecast).requests_per_s <= 0 or (
-            not self._planned and self.recent.covered_s > 0 and self.recent.covered_s < knobs.warmup_s
-        ):
+        known = total_of(forecast).requests_per_s > 0
+        self._cold = self._cold or (self.recent.covered_s <= 0 and not known)
+        if not known or (self._cold and self.recent.covered_s < knobs.warmup_s):
             return
         late = bool(measures.reshard)
-        due = now_s >= self._pool_s + knobs.pool_s - SURE or not self._planned
-        if not due and (now_s < self._pool_s + EARLY_S or not (late or self._outgrown(state))):
+        young = self._cold and self.recent.covered_s < knobs.pool_s
+        every_s = knobs.young_s if young else knobs.pool_s
+        due = now_s >= self._pool_s + every_s - SURE or not self._planned
+        if not due and (
+            now_s < self._pool_s + (EARLY_S if self._helped else knobs.young_s) or not (late or self._outgrown(state))
+        ):
             return
-        surge = scaled(self.recent.rates(knobs.surge_s), knobs.surge_margin)
+        surge = self._surge(young)
         peak = {name: _larger(rate, surge.get(name, Rate())) for name, rate in forecast.items()}
         if not due:
             events.append(FleetEvent(now_s, "misprediction", "fleet", self._says(surge)))
         mean = self.recent.rates(120.0) or scaled(peak, 0.75)
-        if due and (now_s >= self._cluster_s + knobs.cluster_s - SURE or not self._planned):
+        epoch = due and (now_s >= self._cluster_s + knobs.cluster_s - SURE or not self._planned)
+        if epoch or (knobs.instances and self.pools.gpus is not None and not due):
             self._repool(now_s, mean, events)
+        before = self.shapes
         self._reshape(state, peak, mean, due, events)
-        self._pool_s, self._planned = now_s, True
+        self._pool_s, self._planned, self._helped = now_s, True, due or before != self.shapes
         events.extend(self.emergencies.resharded(now_s, measures.reshard))
+
+    def _surge(self, young: bool) -> Demand:
+        """Return what is to be held at least: the recent load, its rise once more, and much more while little was seen."""
+        knobs = self.knobs
+        now, before = self.recent.rates(knobs.surge_s), self.recent.rates(3 * knobs.surge_s)
+        last, mean = total_of(now).prompt_tokens_per_s, total_of(before).prompt_tokens_per_s
+        rise = 1.0 + knobs.trend * max(0.0, last / mean - 1.0) if mean > 0 else 1.0
+        wary = 1.0 + knobs.young_s / self.recent.covered_s if young else 1.0
+        return scaled(now, knobs.surge_margin * rise * wary)
 
     def _repool(self, now_s: float, mean: Demand, events: list[FleetEvent]) -> None:
         """The cluster controller's part, for the peak until its next decision takes effect."""
@@ -253,7 +270,10 @@ class Fleet:
         table = self.capacity.model.table
         gpu_w = max(table[tp, clock].decode_w for tp, clock in self.pool.top.items())
         costs_j = turned * gpu_w * self.pool.start_s
-        verdict = self.gate.ask(now_s, "fleet", stays.power_w - new.power_w, costs_j)
+        saves_w = stays.power_w - new.power_w
+        if saves_w < self.knobs.merge_gain * stays.power_w:  # within what the model may err
+            return stays
+        verdict = self.gate.ask(now_s, "fleet", saves_w, costs_j)
         if not verdict.act:
             events.append(FleetEvent(now_s, "gate", "fleet", f"no re-shard: {verdict.why}"))
             return stays
@@ -268,17 +288,28 @@ class Fleet:
 
     def _everything(self) -> dict[str, tuple[Shape, ...]]:
         """All GPUs at the reference parallelism: the state of practice, and the begin where there is no forecast."""
-        tp = self.knobs.tp
+        knobs = self.knobs
+        tp = knobs.tp
+        if knobs.instances and knobs.shards and knobs.joint:  # whichever holds most: nobody knows what will come
+            usual = {name: Rate(k.share, k.share * k.prompt_tokens, k.share * k.output_tokens) for name, k in self._usual()}
+            tp = max(self.pool.tps, key=lambda tp: self.capacity.holds(tp, self.pool.top[tp], self.gpus // tp, usual))
         top = self.capacity.model.clocks_mhz(tp)[0]
         if self.pools.gpus is None:
-            return {pool: (Shape(tp, top, self.gpus // tp),) for pool in list(self.pools.partition)[:1]}
+            count = self.gpus // tp
+            if knobs.budget_w is not None:
+                lowest = self.capacity.model.table[tp, self.capacity.model.clocks_mhz(tp)[-1]]
+                count = max(1, min(count, int(knobs.budget_w / (tp * lowest.decoding_w(64)))))
+            return {pool: (Shape(tp, top, count),) for pool in list(self.pools.partition)[:1]}
         return {pool: (Shape(tp, top, gpus // tp),) if gpus else () for pool, gpus in self.pools.gpus.items()}
+
+    def _usual(self) -> list[tuple[str, Lengths]]:
+        return [(name, known) for name, known in self.capacity.lengths.items() if known.share > 0]
 
     def _outgrown(self, state: FleetState) -> bool:
         """Whether what arrived lately is more than the planned fleet holds at its highest clocks."""
         if not self.knobs.instances:
             return False
-        demands = self.pools.demands(scaled(self.recent.rates(self.knobs.surge_s), 1.05))
+        demands = self.pools.demands(scaled(self.recent.rates(self.knobs.surge_s), self.knobs.outgrown))
         for pool, demand in demands.items():
             if total_of(demand).requests_per_s <= 0:
                 continue
@@ -304,11 +335,11 @@ class Fleet:
     def _ladders(self, state: FleetState, events: list[FleetEvent]) -> Measures:
         if not self.knobs.ladder:
             return Measures()
-        slacks = {}
+        slacks, promised = {}, {pool: self._slo(pool) for pool in {i.pool for i in state.instances}}
         for i in state.instances:
             at = self.capacity.model.table.get((i.tp, i.clock_mhz))
             if i.phase == "serving" and at is not None:
-                slo = self._slo(i.pool)
+                slo = promised[i.pool]
                 slacks[i.id] = (slack_of(i.load, at, slo), slo.ttft_s)
         measures = self.emergencies.update(state.now_s, slacks)
         events.extend(measures.events)
@@ -392,17 +423,23 @@ class Fleet:
         """Lower clocks until the modelled watts, corrected by the measured ones, are within the budget."""
         assert self.budget is not None
         self.budget.learn(state.power_w, self._modelled_w)
+        draws, kept = [], {want.id for want in wants}
+        for i in state.instances:  # those that drain draw as well, and nobody sets their clocks any more
+            if i.id not in kept:
+                draws.append(Draw(i.tp, 1, i.clock_mhz, i.load.prompt_tokens_per_s or 0.0, i.load.output_tokens_per_s or 0.0))
+        leaving_w = self.budget.power_w(draws)
         draws = []
         for want in wants:
             load = by_id[want.id].load if want.id is not None and want.id in by_id else None
             prompt = (load.prompt_tokens_per_s if load else None) or 0.0
             output = (load.output_tokens_per_s if load else None) or 0.0
             draws.append(Draw(want.tp, 1, want.clock_mhz, prompt, output))
-        ceiling = self.budget.ceiling(draws)
-        self._modelled_w = self.budget.power_w(draws, ceiling.clock_mhz)
-        if (ceiling.clock_mhz is None) != self._within or not ceiling.kept:
-            self._within = ceiling.clock_mhz is None
-            said = "within the watt budget" if self._within else f"no clock above {ceiling.clock_mhz} MHz for the watt budget"
+        ceiling = self.budget.ceiling(draws, leaving_w)
+        self._modelled_w = leaving_w + self.budget.power_w(draws, ceiling.clock_mhz)
+        free = ceiling.clock_mhz is None
+        if (free, ceiling.kept) != self._within:
+            self._within = (free, ceiling.kept)
+            said = "within the watt budget" if free else f"no clock above {ceiling.clock_mhz} MHz for the watt budget"
             lacks = "" if ceiling.kept else f"; {ceiling.power_w:.0f} W are drawn all the same"
             events.append(FleetEvent(state.now_s, "budget", "fleet", said + lacks))
         if ceiling.clock_mhz is None:

@@ -7,7 +7,8 @@ is in the clocks and not in idle GPUs; power is compared at the load that is exp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from powerd_policies.dynamollm.capacity import Capacity, Demand, scaled, total_of
 from powerd_policies.dynamollm.knobs import Knobs
@@ -48,6 +49,9 @@ class Layout:
         return sum(shape.tp * shape.count for shapes in self.shapes.values() for shape in shapes)
 
 
+SHARES: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of a load that is too much, tried in turn
+
+
 class PoolController:
     """Plans pools against a capacity model; ``start_s`` is what a new instance takes, for the cost of having one."""
 
@@ -62,28 +66,35 @@ class PoolController:
         self, needs: list[Need], *, tps: Mapping[str, tuple[int, ...]] | None = None, weights: Weights | None = None
     ) -> Layout:
         """Return the layout of least cost; one that lacks something uses what there is and says which class lacks what."""
-        pools, missing = [], ""
-        for need in needs:
-            options = self.options(need, (tps or {}).get(need.name, self.tps))
-            if not options and total_of(need.peak).requests_per_s > 0:
-                missing = missing or f"{need.name}: {self._lacks(need)}"
-                options = [self._most(need)]
-            pools.append(Pool(need.name, 1.0 if options else 0.0, tuple(options), need.gpus))
-        try:
-            found = optimise(pools, self.gpus, budget_w=self.knobs.budget_w, weights=weights or self.knobs.weights)
-        except InfeasibleError as error:
-            return self._fallback(needs, missing or str(error))
-        return self._layout(found, missing)
+        lacks = ""
+        for share in SHARES:
+            for burst in (self.knobs.burst, 1.0) if share == 1.0 else (1.0,):
+                try:
+                    found = self._try([_less(need, share) for need in needs], burst, tps or {}, weights)
+                except InfeasibleError as error:
+                    lacks = lacks if share < 1.0 else str(error)
+                else:
+                    return self._layout(found, f"{lacks}; planned for {100 * share:.0f} % of the load" if share < 1.0 else "")
+        return self._fallback(needs, lacks)
 
-    def options(self, need: Need, tps: tuple[int, ...]) -> list[Option]:
+    def _try(self, needs: list[Need], burst: float, tps: Mapping[str, tuple[int, ...]], weights: Weights | None) -> Sharding:
+        pools = []
+        for need in needs:
+            options = self.options(need, tps.get(need.name, self.tps), burst)
+            if not options and total_of(need.peak).requests_per_s > 0:
+                raise InfeasibleError(f"{need.name}: {self._lacks(need)}")
+            pools.append(Pool(need.name, 1.0 if options else 0.0, tuple(options), need.gpus))
+        return optimise(pools, self.gpus, budget_w=self.knobs.budget_w, weights=weights or self.knobs.weights)
+
+    def options(self, need: Need, tps: tuple[int, ...], burst: float = 1.0) -> list[Option]:
         """Return the kinds of instances that keep the need, each with the share of it that one holds and what it draws."""
         if total_of(need.peak).requests_per_s <= 0:
             return []
         if need.gpus is not None:
             return [option for tp in tps for option in self._given(need, tp, need.gpus)]
-        return [option for tp in tps for option in self._free(need, tp)]
+        return [option for tp in tps for option in self._free(need, tp, burst)]
 
-    def _free(self, need: Need, tp: int) -> list[Option]:
+    def _free(self, need: Need, tp: int, burst: float) -> list[Option]:
         """Options of one parallelism with as few instances as their clock allows; none that another beats in count and power."""
         capacity, top, most = self.capacity, self.top[tp], self.gpus // tp
         peak = need.peak
@@ -92,7 +103,9 @@ class PoolController:
         least = capacity.least(tp, top, peak, most)
         if least is None:
             return []
-        floor = capacity.least(tp, top, scaled(peak, self.knobs.burst), most) or most
+        floor = least if burst <= 1.0 else capacity.least(tp, top, scaled(peak, burst), most)
+        if floor is None:
+            return []
         found: dict[int, tuple[int, float]] = {}
         for clock in self.clocks[tp] if self.knobs.joint else (top,):
             count = capacity.least(tp, clock, peak, most)
@@ -137,13 +150,6 @@ class PoolController:
                 best, best_w = clock, service.power_w
         return best
 
-    def _most(self, need: Need) -> Option:
-        """The option for a need that nothing keeps: all its GPUs at the parallelism that misses least."""
-        gpus = need.gpus or self.gpus
-        tps = [tp for tp in self.tps if tp <= gpus] or [min(self.tps)]
-        tp = min(tps, key=lambda tp: (self.capacity.serve(tp, self.top[tp], max(1, gpus // tp), need.peak).late, -tp))
-        return Option(tp, self.top[tp], 1.0 / max(1, gpus // tp), tp * 300.0)
-
     def _lacks(self, need: Need) -> str:
         tp = max(self.tps)
         service = self.capacity.serve(tp, self.top[tp], max(1, (need.gpus or self.gpus) // tp), need.peak)
@@ -177,3 +183,7 @@ class PoolController:
                 by_tp[share.option.tp] = Shape(share.option.tp, clock, share.count + (old.count if old else 0))
             shapes[name] = tuple(by_tp[tp] for tp in sorted(by_tp))
         return Layout(shapes, found.power_w, lacks)
+
+
+def _less(need: Need, share: float) -> Need:
+    return need if share == 1.0 else replace(need, peak=scaled(need.peak, share), mean=scaled(need.mean, share))

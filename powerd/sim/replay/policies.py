@@ -7,12 +7,12 @@ knob: policies that set no clocks do not park.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
-from powerd.errors import RequestError
 from powerd.sim.cluster import ClusterConfig
 from powerd.sim.replay import report, search
 from powerd.sim.replay.runner import Setting, replay
@@ -23,8 +23,10 @@ from powerd_policies.dynamollm import policies as dynamollm
 from powerd_policies.dynamollm.capacity import Capacity, Lengths, measured, scaled
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.fleet import FleetController
+from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.overheads import Fixes, Overheads
-from powerd_policies.dynamollm.predictor import LoadPredictor, Rate
+from powerd_policies.dynamollm.policies import Predictor
+from powerd_policies.dynamollm.predictor import Rate
 
 POLICIES: Final = ("singlepool", "multipool", "scaleinst", "scaleshard", "scalefreq", "beststatic", "dynamollm")
 PARKING: Final = ("scalefreq", "dynamollm")
@@ -49,6 +51,8 @@ class Known:
     past: Trace  # whose lengths are known
     history: tuple[Observed, ...] = ()  # times before 0 of the trace
     begin_week_s: float = 0.0  # when in the week the trace begins
+    predictor: Callable[[], Predictor] | None = None  # for studies of what forecasts are worth: another for each controller
+    knobs: Mapping[str, Knobs] = field(default_factory=dict)  # for studies: in place of a policy's own
 
 
 def known(scenario: Scenario, trace: Trace, history: Trace | None, past: Trace) -> Known:
@@ -89,20 +93,22 @@ def cluster_config(scenario: Scenario) -> ClusterConfig:
 
 
 def build(name: str, scenario: Scenario, workload: Workload, setting: Setting, known: Known) -> Built:
-    """Return a policy's fresh controller and the cluster as it has it; RequestError when no fixed fleet keeps the promises."""
+    """Return a policy's fresh controller and the cluster as it has it."""
     config = setting.config
     if name in PARKING and scenario.parking.enabled:
         config = replace(config, park_after_s=scenario.parking.after_s, park_clock_mhz=scenario.parking.clock_mhz or None)
     if name == "beststatic":
         best = best_static(workload, setting, known)
-        if best is None:
-            raise RequestError(f"no fixed fleet of {setting.gpus} GPUs keeps {search.KEPT:.0%} in SLO", code="bad_value")
-        return Built(controller(best.fleet, setting, name), config, str(best.fleet))
-    predictor = LoadPredictor(epoch_s=known.begin_week_s)
-    predictor.learn(known.history)
+        lacks = (
+            "" if best.feasible else f" (no fixed fleet of {setting.gpus} GPUs keeps {search.KEPT:.0%} in SLO; this keeps most)"
+        )
+        return Built(controller(best.fleet, setting, name), config, f"{best.fleet}{lacks}")
+    predictor = known.predictor() if known.predictor is not None else dynamollm.forecaster(
+        epoch_s=known.begin_week_s, history=known.history
+    )  # fmt: skip
     fleet = dynamollm.build(
         name, model=setting.model, classes=setting.classes, gpus=setting.gpus, lengths=lengths(setting.classes, known.past),
-        chunk_tokens=setting.config.chunk_tokens, overheads=overheads(scenario), predictor=predictor,
+        chunk_tokens=setting.config.chunk_tokens, overheads=overheads(scenario), predictor=predictor, knobs=known.knobs.get(name),
     )  # fmt: skip
     return Built(fleet, config)
 
@@ -125,8 +131,11 @@ def lengths(classes: Classes, past: Trace) -> dict[str, Lengths]:
     return measured(classes, zip(past.prompt_tokens[::step].tolist(), past.output_tokens[::step].tolist(), strict=True))
 
 
-def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tried | None:
-    """Return the cheapest fixed fleet that keeps the promises on this very workload: it may look ahead, nobody else does."""
+def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tried:
+    """Return the cheapest fixed fleet that keeps the promises on this very workload: it may look ahead, nobody else does.
+
+    Where none does, the one that keeps most of them, which is not ``feasible``.
+    """
     by_class = Counter(workload.requests.true_class.tolist())
     requests, length_s = workload.requests, workload.length_s
     demand = {}
@@ -140,9 +149,8 @@ def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tr
     kinds = []
     for tp in setting.model.tps:
         for clock_mhz in setting.model.clocks_mhz(tp):
-            count = capacity.least(tp, clock_mhz, peak, setting.gpus // tp)
-            if count is not None:
-                kinds.append((capacity.serve(tp, clock_mhz, count, demand).power_w, tp, clock_mhz, count))
+            if least := capacity.least(tp, clock_mhz, peak, setting.gpus // tp):
+                kinds.append((capacity.serve(tp, clock_mhz, least, demand).power_w, tp, clock_mhz, least))
     likely = [kind[1:] for kind in sorted(kinds) if kind[0] <= LIKELY * min(kinds)[0]]
     if not likely:  # the closed form is careful: whether full clocks do it after all is for the simulator to say
         likely = [(tp, setting.model.clocks_mhz(tp)[0], setting.gpus // tp) for tp in setting.model.tps]
@@ -152,4 +160,5 @@ def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tr
         kept, _ = report.attainment(outcome, workload, setting.classes)
         return search.Tried(fleet, kept, outcome.results.total_j / report.J_PER_KWH)
 
-    return search.cheapest(judge, likely, setting.gpus)[0]
+    best, tried = search.cheapest(judge, likely, setting.gpus)
+    return best or max(tried, key=lambda each: each.kept)

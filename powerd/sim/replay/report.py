@@ -1,9 +1,9 @@
 """What a policy did, in figures: report.json.
 
-House rules: a request is within its SLO when its first token and the P99 of its own gaps were in time; rejected, late and unfinished
-ones are misses; a figure that does not exist is null, never 0; GPUs that are off count 0 W in ``energy_kwh``, and what a GPU without
-a context draws (72 W) in the figure beside it. ``tbt_p50_s`` is the median over requests of their mean gap, ``tbt_p99_s`` the P99
-over requests of the P99 of their own gaps, which is what the SLO is about.
+House rules: a request is within its SLO when its first token and the P99 of its own gaps were in time; rejected, late and
+unfinished ones are misses; a figure that does not exist is null, never 0; GPUs that are off count 0 W in ``energy_kwh``, and what
+a GPU without a context draws (72 W) in the figure beside it. ``tbt_p50_s`` is the median over requests of their mean gap,
+``tbt_p99_s`` the P99 over requests of the P99 of their own gaps, which is what the SLO is about.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def of_policy(outcome: Outcome, workload: Workload, setting: Setting, prices: Pr
     # What nobody's request is to blame for (idle GPUs, starts) is shared in proportion to what requests used.
     joules = results.energy_j * (results.total_j / (results.energy_j.sum() or 1.0))
     power_w = np.asarray(results.power_w)
-    times_s = (np.arange(len(power_w)) + 0.5) * setting.config.tick_s
+    times_s: NDArray[np.float64] = (np.arange(float(len(power_w))) + 0.5) * setting.config.tick_s
     energy_kwh = results.total_j / J_PER_KWH
     inside = power_w[: max(1, int(workload.length_s // setting.config.tick_s))]
     gpu_hours = results.gpu_hours
     tick_kwh = power_w * setting.config.tick_s / J_PER_KWH
-    carbon_g = float((tick_kwh * setting.carbon.over(times_s)).sum()) if setting.carbon is not None else None
+    carbon_g = None if setting.carbon is None else float(np.dot(tick_kwh, setting.carbon.over(times_s)))
     made = {
         "energy_kwh": energy_kwh,
-        "energy_kwh_off_72w": (results.total_j + results.off_j) / J_PER_KWH,
+        "energy_kwh_off_72w": (results.total_j + max(0.0, results.off_j)) / J_PER_KWH,
         "gpu_hours": gpu_hours,
         "carbon_kg": None if carbon_g is None else carbon_g / 1000,
         "cost_usd": gpu_hours * prices.usd_per_gpu_hour,

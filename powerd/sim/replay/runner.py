@@ -84,7 +84,7 @@ def replay(
         plan = controller.decide(state)
         events += plan.events
         events += cluster.apply(plan)
-        if now_s >= sample_at_s:
+        if now_s >= sample_at_s and state.instances:
             timeline.add(state)
             sample_at_s += setting.sample_s
             watch(min(now_s, workload.length_s))

@@ -65,8 +65,8 @@ def cheapest(judge: Judge, kinds: Sequence[tuple[int, int, int]], gpus: int) -> 
     """Return the cheapest fixed fleet that keeps the promises, and all that were tried.
 
     ``kinds`` are (tensor parallelism, clock, a first guess of instances), the most promising first. Of each kind the fewest
-    instances are searched, as more of the same only use more. A kind is left as soon as a fleet of it that is still too small uses
-    more than the best found.
+    instances are searched, as more of the same only use more. A kind is left as soon as a fleet of it that is still too small
+    uses more than the best found.
     """
     best: Tried | None = None
     tried: list[Tried] = []

@@ -1,7 +1,7 @@
 """Everything between a command line and a comparison: names, files, checks before anything runs, the report as a whole.
 
-House rules: what cannot work is refused before the first policy runs, with the class or the tensor parallelism that it is about and
-what would be needed; the report says what it was made of.
+House rules: what cannot work is refused before the first policy runs, with the class or the tensor parallelism that it is about
+and what would be needed; the report says what it was made of.
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ def scenario(path: Path | None, load: float | None = None) -> Scenario:
     return found if load is None else replace(found, run=replace(found.run, load=load))
 
 
-def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None) -> Comparison:
-    """Return what policies are run with; RequestError or ConfigError for what cannot be served by any fleet."""
+def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None, model: EngineModel | None = None) -> Comparison:
+    """Return what policies are run with; RequestError or ConfigError for what cannot be served by any fleet.
+
+    ``model`` in place of the scenario's is for studies of its assumptions.
+    """
     try:
-        model = enginemodels.load(scenario.engine.model)
+        model = model or enginemodels.load(scenario.engine.model)
     except RequestError as error:
         raise ConfigError(f"engine.model: {error.message}", hint=error.hint) from None
     classes = scenario.request_classes()
@@ -68,6 +71,7 @@ def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None) -> C
     check(model, classes, work, scenario)
     setting = Setting(
         model, classes, cluster_config(scenario), scenario.gpus, Carbon(scenario.prices, trace.begin_week_s),
+        sample_s=max(5.0, trace.length_s / 1000),
     )  # fmt: skip
     return Comparison(scenario, work, setting, known(scenario, trace, history, past))
 
@@ -95,7 +99,8 @@ def check(model: EngineModel, classes: Classes, work: Workload, scenario: Scenar
                     f"for a prompt of {tokens} tokens, which one in ten exceeds" if what == "TTFT" else "for one request alone"
                 )
                 raise RequestError(
-                    f"class {name}: {what} of {promised_s:g} s cannot be kept: an idle instance at full clock needs {least_s:.3g} s {of_what}",
+                    f"class {name}: {what} of {promised_s:g} s cannot be kept: "
+                    f"an idle instance at full clock needs {least_s:.3g} s {of_what}",
                     hint=f"promise at least {least_s * 1.2:.2g} s, or use an engine model that is faster", code="bad_value",
                 )  # fmt: skip
 

@@ -19,8 +19,10 @@ from powerd.sim.replay.scenario import Scenario
 from powerd.sim.replay.trace import Trace
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.fleet import ClassLoad
+from powerd_policies.dynamollm.lengths import TYPICAL_TOKENS, Hints, LengthPredictor, LengthTable, NoisyOracle, Oracle
 
 BEYOND: Final = 255
+Tokens = NDArray[np.int32]
 Observed = tuple[float, float, dict[str, ClassLoad]]
 
 
@@ -47,7 +49,7 @@ def class_of(classes: Classes, prompt_tokens: NDArray[np.int32], output_tokens: 
 
 
 def workload(trace: Trace, scenario: Scenario, past: Trace) -> Workload:
-    """Return a trace's requests with their true classes, and those that ``past`` lets predict; RequestError when all are too long."""
+    """Return a trace's requests with their true and predicted classes; RequestError when all prompts are too long."""
     classes, seed = scenario.request_classes(), scenario.run.seed
     true = class_of(classes, trace.prompt_tokens, trace.output_tokens)
     fits = true != BEYOND
@@ -56,31 +58,38 @@ def workload(trace: Trace, scenario: Scenario, past: Trace) -> Workload:
             f"{trace.name}: no prompt is within the context limit of {classes.context_limit} tokens", code="bad_value"
         )
     prompt, output, true = trace.prompt_tokens[fits], trace.output_tokens[fits], true[fits]
-    routed = predicted(scenario, prompt, true, seed)
-    tokens = typical_outputs(classes, past)[routed]
-    requests = Requests(trace.arrival_s[fits], prompt, output, true, routed, tokens)
-    return Workload(trace, requests, int((~fits).sum()), seed)
+    predictor = _predictor(scenario, past, seed)
+    routed, tokens = _routed(classes, predictor, prompt, output), output
+    if scenario.forecast.output_length != "oracle":
+        tokens = expected_outputs(classes, predictor, past)[routed]
+    return Workload(trace, Requests(trace.arrival_s[fits], prompt, output, true, routed, tokens), int((~fits).sum()), seed)
 
 
-def predicted(scenario: Scenario, prompt_tokens: NDArray[np.int32], true: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """Return the class that each request is routed by: its prompt is known, its answer is guessed as the scenario says."""
-    if scenario.forecast.output_length == "oracle":
-        return true
-    dice = np.random.default_rng([seed, 0xC1A55])
-    wrong = dice.random(len(true)) >= scenario.forecast.output_accuracy
-    size = np.where(wrong, (true % 3 + dice.integers(1, 3, len(true))) % 3, true % 3)
-    return (true // 3 * 3 + size).astype(np.uint8)
+def _predictor(scenario: Scenario, past: Trace, seed: int) -> LengthPredictor:
+    classes, forecast = scenario.request_classes(), scenario.forecast
+    if forecast.output_length == "oracle":
+        return Oracle(classes)
+    if forecast.output_length == "noisy":
+        return NoisyOracle(forecast.output_accuracy, seed, classes)
+    return LengthTable.train(past.prompt_tokens, past.output_tokens, classes)
 
 
-def typical_outputs(classes: Classes, past: Trace) -> NDArray[np.int32]:
-    """Return for each class the mean answer of a past trace; where that has none, of its length whatever the prompt."""
-    at, outputs = class_of(classes, past.prompt_tokens, past.output_tokens), past.output_tokens.astype(float)
-    found = np.zeros(len(NAMES))
+def _routed(classes: Classes, predictor: LengthPredictor, prompt: Tokens, output: Tokens) -> NDArray[np.uint8]:
+    """Return the class that each request is routed by: its prompt is known, the size of its answer is predicted."""
+    sizes = predictor.predict(prompt, Hints(output_tokens=output, ids=np.arange(len(prompt))))
+    return np.asarray(3 * np.searchsorted(classes.prompt_bounds[:2], prompt, side="right") + sizes, dtype=np.uint8)
+
+
+def expected_outputs(classes: Classes, predictor: LengthPredictor, past: Trace) -> Tokens:
+    """Return for each predicted class the mean answer that requests of a past trace had which were predicted so."""
+    at, outputs = _routed(classes, predictor, past.prompt_tokens, past.output_tokens), past.output_tokens.astype(float)
+    found = np.array([TYPICAL_TOKENS[n % 3] for n in range(len(NAMES))], dtype=np.float64)
     for n in range(len(NAMES)):
-        of_class, of_size = at == n, (at != BEYOND) & (at % 3 == n % 3)
-        here = of_class if of_class.any() else of_size
-        found[n] = outputs[here].mean() if here.any() else (1, *classes.output_bounds)[n % 3]
-    return found.round().astype(np.int32)
+        same_size = at % 3 == n % 3
+        here = (at == n) if (at == n).any() else same_size
+        if here.any():
+            found[n] = outputs[here].mean()
+    return np.asarray(np.maximum(found.round(), 1), dtype=np.int32)
 
 
 def observations(trace: Trace, classes: Classes, window_s: float = 300.0) -> Iterator[Observed]:

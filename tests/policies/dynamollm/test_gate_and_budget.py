@@ -1,0 +1,72 @@
+"""Changes that pay, and watts that are kept."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from powerd.sim import enginemodels
+from powerd_policies.dynamollm.budget import Draw, WattBudget
+from powerd_policies.dynamollm.gate import Gate
+
+MODEL = enginemodels.load()
+DRAWS = st.lists(
+    st.builds(
+        Draw,
+        tp=st.sampled_from((2, 4, 8)),
+        count=st.integers(1, 6),
+        clock_mhz=st.sampled_from((1080, 1530, 1980)),
+        prompt_tokens_per_s=st.floats(0, 5000),
+        output_tokens_per_s=st.floats(0, 1500),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(saves_w=st.floats(-1e4, 1e4), costs_j=st.floats(0, 1e7))
+def test_only_what_saves_more_than_it_costs_within_the_horizon_passes(saves_w: float, costs_j: float) -> None:
+    verdict = Gate(horizon_s=600.0).ask(1000.0, "LL", saves_w, costs_j)
+    assert verdict.act == (saves_w * 600.0 > costs_j)
+    assert verdict.why
+
+
+def test_the_same_subject_changes_once_in_five_minutes() -> None:
+    gate = Gate()
+    acted = []
+    for at_s in range(0, 3600, 5):
+        if gate.ask(float(at_s), "LL", 1e6, 1.0).act:
+            gate.did(float(at_s), "LL")
+            acted.append(at_s)
+    assert acted == list(range(0, 3600, 300))
+    assert gate.ask(1.0, "another", 1e6, 1.0).act
+
+
+@given(draws=DRAWS, budget_w=st.floats(500, 40_000))
+def test_a_ceiling_keeps_the_budget_or_says_that_none_does(draws: list[Draw], budget_w: float) -> None:
+    budget = WattBudget(MODEL, budget_w)
+    found = budget.ceiling(draws)
+    power_w = budget.power_w(draws, found.clock_mhz)
+    assert found.kept == (power_w <= budget_w) or found.kept
+    if found.kept:
+        assert power_w <= budget_w
+    else:
+        assert found.clock_mhz == min(clock for _, clock in MODEL.table)
+    if found.clock_mhz is None:
+        assert power_w == budget.power_w(draws)
+
+
+def test_measured_watts_above_the_model_lower_the_ceiling_at_once_and_are_forgotten_slowly() -> None:
+    draws = [Draw(4, 10, 1980, 2000.0, 500.0)]
+    budget = WattBudget(MODEL, 1.05 * WattBudget(MODEL, 1.0).power_w(draws))
+    assert budget.ceiling(draws).clock_mhz is None
+    budget.learn(1.3, 1.0)
+    low = budget.ceiling(draws).clock_mhz
+    assert low is not None
+    budget.learn(1.0, 1.0)
+    assert budget.ceiling(draws).clock_mhz is not None
+    for _ in range(200):
+        budget.learn(1.0, 1.0)
+    assert budget.ceiling(draws).clock_mhz is None
+    budget.learn(None, 1.0)
+    assert budget.ceiling(draws).clock_mhz is None

@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from powerd.atstart import AT_START
 from powerd.config import Config, StaticReplica, keys, sections
 
 _HEAD = """# Configuration
@@ -19,9 +20,9 @@ Made by `python -m powerd.configdoc`; do not edit.
 powerd reads one TOML file, `/etc/powerd/powerd.toml` (as an ordinary user `$XDG_CONFIG_HOME/powerd/powerd.toml`), and then every
 `powerd.d/*.toml` beside it in order. A file that is wrong anywhere is refused as a whole, with file, line and the nearest valid
 name, exit code 78. `powerd check-config [FILE]` says so without starting anything. `SIGHUP` reads it anew; a file that is wrong then
-changes nothing, and `GET /v1/node` shows the error. `daemon.run_dir`, `daemon.state_dir`, `[store]`, `metrics.enabled`, `[influx]` and
-`tcp.listen` take effect at the next start; `[hw]`, `[limits]` and `[baseline]` are read by powerd-hw itself as well, which trusts only
-a file that root or its own user alone can write.
+changes nothing, and `GET /v1/node` shows the error. {at_start}
+take effect at the next start only: the event `config_reloaded` names those that were changed and wait for it. `[hw]`, `[limits]` and
+`[baseline]` are read by powerd-hw itself as well, which trusts only a file that root or its own user alone can write.
 """
 
 
@@ -35,7 +36,8 @@ def _value(value: Any) -> str:
 
 def page() -> str:
     """The whole page as Markdown."""
-    lines = [_HEAD]
+    named = [f"`{name}`" if "." in name else f"`[{name}]`" for name in AT_START]
+    lines = [_HEAD.replace("{at_start}", f"{', '.join(named[:-1])} and {named[-1]}")]
     kinds = {name: type(getattr(Config(), name)) for name in sections()} | {"replica": StaticReplica}
     ranges = {(section, f.name): f.metadata for section, kind in kinds.items() for f in fields(kind)}
     rows = [*keys(), *(("replica", f.name, f.default, str(f.metadata["help"])) for f in fields(StaticReplica))]

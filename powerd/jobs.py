@@ -74,6 +74,10 @@ class JobRow:
 
 Record = JobStepRow | JobRestored | JobRow
 
+_APART_NS = 1_000_000  # between two steps of a job, so that each is a point of its own
+_STEPPED_BACK_NS = 60 * NS  # a wall clock that went back further may use old times again
+_OLDEST_NS = 86_400 * NS
+
 
 def _plus(a: float | None, b: float | None) -> float | None:
     """The sum of what is known."""
@@ -102,6 +106,7 @@ class Job:
     seen_ns: int  # of the newest event
     steps: dict[int, JobStepRow] = field(default_factory=dict)  # by number, oldest first
     checkpoint_ns: int | None = None  # since when one is written
+    newest_wall_ns: int = 0  # of all steps
 
     def add(self, event: JobEvent, wall_ns: int, now_ns: int) -> list[Record]:
         """Take an event; what of it is to be stored."""
@@ -128,7 +133,7 @@ class Job:
                 row.checkpoint_time_s += max(0, at_ns - self.checkpoint_ns) / NS
             self.checkpoint_ns = None
         for step in event.steps:
-            out += self._step(step, wall_ns)
+            out += self._step(step, wall_ns, wall_ns - now_ns)
         return [*out, replace(row)]
 
     def _restore(self, kept: int) -> list[Record]:
@@ -147,7 +152,15 @@ class Job:
             del self.steps[number]
         return [JobRestored(row.job, row.attempt, kept)]
 
-    def _step(self, step: JobStep, wall_ns: int) -> list[Record]:
+    def _moment(self, step: JobStep, wall_ns: int, boot_wall_ns: int) -> int:
+        """The wall time that a step goes by for ever: of its end, neither to come nor older than a day, no other step's."""
+        end_wall_ns = min(max(step.end_ns + boot_wall_ns, wall_ns - _OLDEST_NS), wall_ns)
+        if end_wall_ns < self.newest_wall_ns + _APART_NS < end_wall_ns + _STEPPED_BACK_NS:
+            end_wall_ns = self.newest_wall_ns + _APART_NS
+        self.newest_wall_ns = end_wall_ns
+        return end_wall_ns
+
+    def _step(self, step: JobStep, wall_ns: int, boot_wall_ns: int) -> list[Record]:
         row, known, out = self.row, self.steps.get(step.step), list[Record]()
         if known is not None and not set(known.gpus).isdisjoint(step.gpus):
             if known.begin_ns <= step.begin_ns < known.end_ns or step.begin_ns == known.begin_ns:
@@ -157,8 +170,8 @@ class Job:
         if known is None:
             time_s = (step.end_ns - step.begin_ns) / NS
             new = JobStepRow(
-                row.job, row.attempt, step.step, wall_ns, step.begin_ns, step.end_ns, time_s, step.energy_j, step.clock_mhz,
-                step.plan, tuple(sorted(step.gpus)),
+                row.job, row.attempt, step.step, self._moment(step, wall_ns, boot_wall_ns), step.begin_ns, step.end_ns, time_s,
+                step.energy_j, step.clock_mhz, step.plan, tuple(sorted(step.gpus)),
             )  # fmt: skip
             row.steps += 1
         else:
@@ -261,6 +274,7 @@ class JobTable:
         for step in steps:
             if (job := self._jobs.get(step.job)) is not None:
                 job.steps[step.step] = step
+                job.newest_wall_ns = max(job.newest_wall_ns, step.wall_ns)
 
     def owner(self, job: str) -> int | None:
         """The user whose job this is; None: there is none of that name."""

@@ -125,6 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> int:
     """The daemon from start to end: what there is, who knows whom, and in which order it comes and goes."""
+    from powerd.atstart import waiting
     from powerd.attach import AttachServer
     from powerd.engine import Engine
     from powerd.events import EventLog
@@ -260,7 +261,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 windows.sampled_every(round(clocks.NS / new.hw.sample_hz))
                 spans.sampled_every(round(clocks.NS / new.hw.sample_hz))
                 reload_error = ""
-                events.add("config_reloaded")
+                waits = waiting(config, new)
+                events.add("config_reloaded", detail=f"takes effect at the next start: {', '.join(waits)}" if waits else "")
                 replicas.apply_config()
             except ConfigError as error:
                 reload_error = str(error)

@@ -15,7 +15,7 @@ class JobStepRow:
     job: str
     attempt: int  # rises with every restore
     step: int
-    wall_ns: int  # when it was first reported
+    wall_ns: int  # of its end as it was first told; a millisecond is of one step of a job only, and stays whoever tells more
     begin_ns: int
     end_ns: int
     time_s: float  # of the slowest rank

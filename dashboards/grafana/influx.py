@@ -15,6 +15,7 @@ _DATA = "from(bucket: v.defaultBucket) |> range(start: v.timeRangeStart, stop: v
 _HOST = "r.host =~ /^${host:regex}$/"
 _UUID = "r.uuid =~ /^${uuid:regex}$/"
 _JOB = "r.job =~ /^${training:regex}$/"
+_POOL = "r.pool =~ /^${pool:regex}$/"
 _WINDOW = "aggregateWindow(every: v.windowPeriod, fn: {}, createEmpty: false)"
 
 
@@ -30,6 +31,7 @@ VARIABLES = (
     Variable("host", "Node", _tag_values("host", "gpu")),
     Variable("uuid", "GPU", _tag_values("uuid", "gpu")),
     Variable("training", "Training job", _tag_values("job", "job")),
+    Variable("pool", "Inference pool", _tag_values("pool", "inference")),
 )
 
 
@@ -63,6 +65,20 @@ def _job(field: str, across: str) -> str:
         'group(columns: ["job", "_time"])',
         f"{across}()",
         "map(fn: (r) => ({_time: r._time, _value: r._value, series: r.job}))",
+        'group(columns: ["series"])',
+    )
+
+
+def _inference(field: str, across: str, suffix: str = "", within: str = "mean") -> str:
+    """A line a pool: ``within`` each window on every node, then ``across`` the nodes."""
+    name = f"r.pool + {chr(34)} {suffix}{chr(34)}" if suffix else "r.pool"
+    return _pipe(
+        _DATA,
+        f'filter(fn: (r) => r._measurement == "inference" and r._field == "{field}" and {_HOST} and {_POOL})',
+        _WINDOW.format(within),
+        'group(columns: ["pool", "_time"])',
+        f"{across}()",
+        f"map(fn: (r) => ({{_time: r._time, _value: r._value, series: {name}}}))",
         'group(columns: ["series"])',
     )
 
@@ -178,6 +194,19 @@ join(tables: {{full: full, plan: plan}}, on: ["host", "job"])
   |> map(fn: (r) => ({{_time: v.timeRangeStop, _value: 1.0 - r.plan / r.full, series: r.job}}))
   |> group(columns: ["series"])"""
 
+_STALE = _pipe(
+    _DATA,
+    'filter(fn: (r) => r._measurement == "inference" and '
+    f'(r._field == "replicas" or r._field == "fresh_replicas") and {_HOST} and {_POOL})',
+    'map(fn: (r) => ({r with _value: if r._field == "replicas" then r._value else -r._value}))',
+    'group(columns: ["host", "pool", "_field"])',
+    _WINDOW.format("last"),
+    'group(columns: ["pool", "_time"])',
+    "sum()",
+    'map(fn: (r) => ({_time: r._time, _value: r._value, series: r.pool + " stale or starting"}))',
+    'group(columns: ["series"])',
+)
+
 TRAINING = Row("Training jobs", (
     _lines("Energy per step", "Of all nodes of a job.", "joule", Query(_job("step_energy_joules", "sum")), low=0),
     _lines("Time per step", "Of the slowest node.", "s", Query(_job("step_seconds", "max")), low=0),
@@ -187,6 +216,34 @@ TRAINING = Row("Training jobs", (
     _lines("SM clock of steps", "Mean over a step, of the node with the highest.", "hertz",
            Query(_job("step_sm_clock_hertz", "max")), low=0),
     _lines("Steps lost", "Rolled back by restores so far.", "short", Query(_job("lost_steps", "max")), low=0),
+))  # fmt: skip
+
+INFERENCE = Row("Inference pools", (
+    _lines("Time to first token", "That 99 of 100 stay below, on the slowest node; dashed: the strictest SLO.", "s",
+           Query(_inference("ttft_p99_seconds", "max", within="max")),
+           Query(_inference("ttft_slo_seconds", "min", "SLO"), dashed=True), low=0),
+    _lines("Time between tokens", "That 99 of 100 stay below, on the slowest node; dashed: the strictest SLO.", "s",
+           Query(_inference("tbt_p99_seconds", "max", within="max")),
+           Query(_inference("tbt_slo_seconds", "min", "SLO"), dashed=True), low=0),
+    _lines("Within SLO", "Share of latencies that surely kept what is promised, of the replica with the lowest.", "percentunit",
+           Query(_inference("slo_ratio", "min")), low=0, high=1),
+    _lines("Replicas", "Registered on all nodes; dashed: those whose metrics are stale or not there yet, at full clock.", "short",
+           Query(_inference("replicas", "sum", within="last")), Query(_STALE, dashed=True), low=0),
+    _lines("Tensor parallelism", "GPUs of each replica, where all of a pool's on a node have the same.", "short",
+           Query(_inference("tensor_parallel", "max", within="last")), low=0),
+    _lines("Clock of pools", "Mean SM clock of a pool's GPUs, mean of the nodes.", "hertz",
+           Query(_inference("sm_clock_hertz", "mean")), low=0),
+    _lines("Requests running", "That the replicas compute; those with stale metrics are not counted.", "short",
+           Query(_inference("running", "sum")), kind="stack", low=0),
+    _lines("Requests waiting", "In the replicas' own queues.", "short", Query(_inference("queued", "sum")), kind="stack", low=0),
+    _lines("Requests answered", "First tokens per second.", "reqps", Query(_inference("requests_per_second", "sum")),
+           kind="stack", low=0),
+    _lines("Power of pools", "Of their GPUs.", "watt", Query(_inference("power_watts", "sum")), kind="stack", width=12, low=0),
+    _lines("Energy of pools", "In the time range shown: each point has what was used since the one before.", "joule", Query(_pipe(
+        _DATA, f'filter(fn: (r) => r._measurement == "inference" and r._field == "energy_joules" and {_HOST} and {_POOL})',
+        'group(columns: ["pool"])', "sum()",
+        "map(fn: (r) => ({_time: v.timeRangeStop, _value: r._value, series: r.pool}))", 'group(columns: ["series"])')),
+        kind="bars", width=12, low=0),
 ))  # fmt: skip
 
 HEALTH = Row("Delivery", (
@@ -204,10 +261,10 @@ HEALTH = Row("Delivery", (
                'group(columns: ["series"])')), width=12, low=0),
 ))  # fmt: skip
 
-ROWS = (OVERVIEW, ENERGY, CLOCKS, REASONS, LEASES, TRAINING, HEALTH)
+ROWS = (OVERVIEW, ENERGY, CLOCKS, REASONS, LEASES, TRAINING, INFERENCE, HEALTH)
 
 
 def document() -> dict[str, Any]:
     """The dashboard as Grafana's JSON."""
-    what = "Energy, power, clocks and leases of GPU nodes that run powerd, from InfluxDB (Flux)."
+    what = "Energy, power, clocks, leases, jobs and inference pools of GPU nodes that run powerd, from InfluxDB (Flux)."
     return build("powerd-influx", "powerd (InfluxDB)", what, SOURCE, VARIABLES, ROWS)

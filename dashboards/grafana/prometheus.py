@@ -1,7 +1,7 @@
 """The dashboard over Prometheus: what each panel asks.
 
-House rules: only metrics that powerd.sinks.metrics.METRICS has; it works without the recording rules; a training job's name is
-the label ``job_name``, because Prometheus keeps ``job`` for itself.
+House rules: only metrics that powerd.sinks.metrics.METRICS has, and the fleet planner's own page; it works without the recording
+rules; a training job's name is the label ``job_name``, because Prometheus keeps ``job`` for itself.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ _NODE = 'instance=~"$node"'
 _GPU = f'{_NODE}, gpu=~"$gpu"'
 _JOB = f'{_NODE}, job_name=~"$training"'
 _EACH = "{{instance}} GPU {{gpu}}"
+_WANTED = 'pool=~"$pool"'  # what the planner says is of no node
+_POOL = f"{_NODE}, {_WANTED}"
+_POOL_TP = "{{pool}} TP{{tp}}"
 
 VARIABLES = (
     Variable("node", "Node", "label_values(powerd_build_info, instance)"),
     Variable("gpu", "GPU", 'label_values(powerd_gpu_up{instance=~"$node"}, gpu)'),
     Variable("training", "Training job", 'label_values(powerd_training_steps_total{instance=~"$node"}, job_name)'),
+    Variable("pool", "Inference pool", 'label_values(powerd_pool_replicas{instance=~"$node"}, pool)'),
 )
 
 
@@ -139,6 +143,54 @@ TRAINING = Row("Training jobs", (
     ), low=0),
 ))  # fmt: skip
 
+
+def _latency(title: str, what: str, name: str) -> Panel:
+    return Panel(title, f"Time {what} that 99 of 100 stay below, on the slowest node; dashed: the strictest SLO.", "s", (
+        Query(f"max by (pool, tp) (powerd_pool_{name}_p99_seconds{{{_POOL}}})", _POOL_TP),
+        Query(f"min by (pool, tp) (powerd_pool_{name}_slo_seconds{{{_POOL}}})", f"{_POOL_TP} SLO", dashed=True),
+    ), low=0)  # fmt: skip
+
+
+INFERENCE = Row("Inference pools", (
+    _latency("Time to first token", "to the first token", "ttft"),
+    _latency("Time between tokens", "between two tokens", "tbt"),
+    Panel("Within SLO", "Share of looks at which a replica's newest requests kept what is promised.", "percentunit", (
+        Query(f"avg by (pool) (avg_over_time(powerd_replica_within_slo{{{_POOL}}}[$__rate_interval]))", "{{pool}}"),
+    ), low=0, high=1),
+    Panel("Replicas and what is wanted", "Registered on all nodes; dashed: what the fleet's planner wants.", "short", (
+        Query(f"sum by (pool, tp) (powerd_pool_replicas{{{_POOL}}})", _POOL_TP),
+        Query(f"max by (pool, tp) (powerd_desired_replicas{{{_WANTED}}})", f"{_POOL_TP} wanted", dashed=True),
+    ), low=0),
+    Panel("Tensor parallelism", "Replicas by the number of GPUs that each is spread over.", "short", (
+        Query(f"sum by (tp) (powerd_pool_replicas{{{_POOL}}})", "TP{{tp}}"),
+    ), kind="stack", low=0),
+    Panel("Fresh and stale replicas", "Stale or starting: their metrics are not believed; full clock.", "short", (
+        Query(f"sum by (pool) (powerd_pool_fresh_replicas{{{_POOL}}})", "{{pool}} fresh"),
+        Query(f"sum by (pool) (powerd_pool_replicas{{{_POOL}}}) - sum by (pool) (powerd_pool_fresh_replicas{{{_POOL}}})",
+              "{{pool}} stale or starting", dashed=True),
+    ), low=0),
+    Panel("Clock of pools", "Mean SM clock of a pool's GPUs; dashed: what the fleet's planner counted with.", "hertz", (
+        Query(f"sum by (pool, tp) (powerd_pool_clock_hertz{{{_POOL}}} * powerd_pool_replicas{{{_POOL}}})"
+              f" / sum by (pool, tp) (powerd_pool_replicas{{{_POOL}}} and powerd_pool_clock_hertz{{{_POOL}}})", _POOL_TP),
+        Query(f"max by (pool, tp) (powerd_desired_clock_hertz{{{_WANTED}}})", f"{_POOL_TP} planned", dashed=True),
+    ), low=0),
+    Panel("Requests running", "That the replicas compute; those with stale metrics are not counted.", "short", (
+        Query(f"sum by (pool, tp) (powerd_pool_requests_running{{{_POOL}}})", _POOL_TP),
+    ), kind="stack", low=0),
+    Panel("Requests waiting", "In the replicas' own queues.", "short", (
+        Query(f"sum by (pool, tp) (powerd_pool_requests_waiting{{{_POOL}}})", _POOL_TP),
+    ), kind="stack", low=0),
+    Panel("Power of pools", "Of their GPUs, from the GPUs' own energy counters.", "watt", (
+        Query(f"sum by (pool, tp) (rate(powerd_pool_energy_joules_total{{{_POOL}}}[$__rate_interval]))", _POOL_TP),
+    ), kind="stack", low=0),
+    Panel("Energy of pools", "In the time range shown, while their GPUs were registered.", "joule", (
+        Query(f"sum by (pool) (increase(powerd_pool_energy_joules_total{{{_POOL}}}[$__range]))", "{{pool}}"),
+    ), kind="bars", low=0),
+    Panel("Metrics of each replica", "1: believed; 0: starting or stale, at full clock.", "short", (
+        Query(f"powerd_replica_fresh{{{_POOL}}}", "{{pool}} {{replica}} on {{instance}}"),
+    ), kind="states", low=0, high=1),
+))  # fmt: skip
+
 HOST = Row("The host", (
     Panel("CPU and memory power", "From the processors' own energy counters (RAPL), where powerd-hw may read them.", "watt", (
         Query(f"sum by (instance) (rate(powerd_cpu_energy_joules_total{{{_NODE}}}[$__rate_interval]))", "{{instance}} CPU"),
@@ -192,10 +244,10 @@ HEALTH = Row("Spool, store and powerd itself", (
     ), kind="states", width=12, height=6, low=0, high=1),
 ))  # fmt: skip
 
-ROWS = (OVERVIEW, ENERGY, CLOCKS, REASONS, LEASES, TRAINING, HOST, HEALTH)
+ROWS = (OVERVIEW, ENERGY, CLOCKS, REASONS, LEASES, TRAINING, INFERENCE, HOST, HEALTH)
 
 
 def document() -> dict[str, Any]:
     """The dashboard as Grafana's JSON."""
-    what = "Energy, power, clocks and leases of GPU nodes that run powerd, from Prometheus."
+    what = "Energy, power, clocks, leases, jobs and inference pools of GPU nodes that run powerd, from Prometheus."
     return build("powerd-prometheus", "powerd (Prometheus)", what, SOURCE, VARIABLES, ROWS)

@@ -30,7 +30,7 @@ _PENDING_LINES = 50_000  # kept in memory while the disk refuses them
 FLUSH_S = 5.0
 
 Row = Snapshot | Event | Record | LeaseView | InferenceRow
-Item = tuple[int, Row, int]
+Item = tuple[int, Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +93,17 @@ class InfluxSink:
 
     def append_job(self, record: Record) -> None:
         """Take what a job reported."""
-        wall_ns = self._clock.wall_ns()
-        self._put(wall_ns, record, wall_ns - self._clock.now_ns())
+        self._put(self._clock.wall_ns(), record)
 
     def append_inference(self, row: InferenceRow) -> None:
         """Take how a pool did."""
         self._put(row.wall_ns, row)
 
-    def _put(self, wall_ns: int, item: Row, boot_wall_ns: int = 0) -> None:
+    def _put(self, wall_ns: int, item: Row) -> None:
         if self._stopping or len(self._queue) >= _QUEUE:
             self._queue_dropped += len(item.readings) if isinstance(item, Snapshot) else 1
             return
-        self._queue.append((wall_ns, item, boot_wall_ns))
+        self._queue.append((wall_ns, item))
         if len(self._queue) >= _BATCH:
             self._wake.set()
 
@@ -142,13 +141,13 @@ class InfluxSink:
                 self._odd_dropped += 1
                 self._tell("influx_row_dropped", repr(error))
 
-    def _made(self, wall_ns: int, item: Row, boot_wall_ns: int) -> list[str]:
+    def _made(self, wall_ns: int, item: Row) -> list[str]:
         if isinstance(item, Snapshot):
             return self._lines.snapshot(item)
         if isinstance(item, Event):
             return self._lines.event(item)
         if isinstance(item, (JobStepRow, JobRestored, JobRow)):
-            return self._lines.job(wall_ns, item, boot_wall_ns)
+            return self._lines.job(wall_ns, item)
         if isinstance(item, LeaseView):
             return self._lines.lease(wall_ns, item)
         return self._lines.inference(item)

@@ -113,6 +113,11 @@ class InferenceRow:
     tbt_p99_s: float | None = None
     energy_j: float | None = None
     slo_share: float | None = None  # of requests that met theirs
+    fresh_replicas: int | None = None  # whose metrics are believed
+    running: int | None = None
+    power_w: float | None = None
+    ttft_slo_s: float | None = None  # the strictest
+    tbt_slo_s: float | None = None
 
 
 def _scaled(value: float | None, factor: float) -> float | None:
@@ -158,7 +163,7 @@ def gpu_fields(readings: list[Reading]) -> dict[str, Value]:
 
 
 class Lines:
-    """Turns rows into lines of one host; use it from one thread. ``boot_wall_ns`` is wall time minus CLOCK_BOOTTIME."""
+    """Turns rows into lines of one host; use it from one thread."""
 
     def __init__(self, host: str, *, sample_hz: float, every: bool, values_per_day: int = 1000) -> None:
         self.host = host
@@ -233,33 +238,38 @@ class Lines:
                 out += self._own("lease", {"uuid": uuid, "job": job}, fields, wall_ns // 1_000_000)
         return out
 
-    def job(self, wall_ns: int, record: Record, boot_wall_ns: int) -> list[str]:
-        """A step of a job at the time of its end (told again by another rank it replaces itself), a restore, or a job's sums."""
+    def job(self, wall_ns: int, record: Record) -> list[str]:
+        """A step of a job at its own time (told again by another rank it replaces itself), a restore, or a job's sums."""
         tags = {"job": self.guards["job"](record.job, wall_ns)}
         if isinstance(record, JobStepRow):
-            return self._step(tags, record, boot_wall_ns)
+            return self._step(tags, record)
         if isinstance(record, JobRestored):
             return self._own("job", tags, {"attempt": record.attempt, "restored_step": record.step}, wall_ns // 1_000_000)
         return self._own("job", tags, _job_fields(record), wall_ns // 1_000_000)
 
-    def _step(self, tags: Mapping[str, str], row: JobStepRow, boot_wall_ns: int) -> list[str]:
-        key, series = (row.job, row.attempt, row.step), f"step{sorted(tags.items())}"
-        time_ms = self._steps.get(key)
-        if time_ms is None:
-            time_ms = max((row.end_ns + boot_wall_ns) // 1_000_000, 0)
-            newest = self._newest_ms.get(series, 0)
-            if time_ms <= newest < time_ms + 60_000:
-                time_ms = newest + 1
-            self._newest_ms[series] = time_ms
-            self._steps[key] = time_ms
-            if len(self._steps) > _REMEMBERED:
-                self._steps.popitem(last=False)
+    def _step(self, tags: Mapping[str, str], row: JobStepRow) -> list[str]:
+        time_ms = row.wall_ns // 1_000_000  # no other step of the job has it, also after a restart
+        if tags["job"] == OTHER:
+            time_ms = self._among_others(row, time_ms)
         fields: dict[str, Value] = {
             "attempt": row.attempt, "step": row.step, "step_seconds": row.time_s, "step_energy_joules": row.energy_j,
             "step_sm_clock_hertz": _scaled(row.clock_mhz, 1e6), "step_plan": row.plan, "step_gpus": len(row.gpus),
         }  # fmt: skip
         made = line("job", {"host": self.host, **tags}, fields, time_ms)
         return [] if made is None else [made]
+
+    def _among_others(self, row: JobStepRow, time_ms: int) -> int:
+        """A time of its own for a step whose job shares its series with others; remembered for its other ranks."""
+        key = (row.job, row.attempt, row.step)
+        if (known_ms := self._steps.get(key)) is not None:
+            return known_ms
+        newest = self._newest_ms.get(OTHER, 0)
+        if time_ms <= newest < time_ms + 60_000:
+            time_ms = newest + 1
+        self._newest_ms[OTHER] = self._steps[key] = time_ms
+        if len(self._steps) > _REMEMBERED:
+            self._steps.popitem(last=False)
+        return time_ms
 
     def inference(self, row: InferenceRow) -> list[str]:
         """How a pool did."""
@@ -269,6 +279,8 @@ class Lines:
             "ttft_p50_seconds": row.ttft_p50_s, "ttft_p99_seconds": row.ttft_p99_s,
             "tbt_p50_seconds": row.tbt_p50_s, "tbt_p99_seconds": row.tbt_p99_s,
             "energy_joules": row.energy_j, "slo_ratio": row.slo_share,
+            "fresh_replicas": row.fresh_replicas, "running": row.running, "power_watts": row.power_w,
+            "ttft_slo_seconds": row.ttft_slo_s, "tbt_slo_seconds": row.tbt_slo_s,
         }  # fmt: skip
         return self._own("inference", {"pool": self.guards["pool"](row.pool, row.wall_ns)}, fields, row.wall_ns // 1_000_000)
 

@@ -1,7 +1,7 @@
 """Pools of inference replicas: what the Prometheus page shows of them, and their rows for InfluxDB.
 
 House rules: a figure of a pool is of those of its replicas whose metrics are believed; latencies with the same buckets are put
-together, else the worst stands for all; energy is of all.
+together, else the worst stands for all; energy is of all, and of several promises the strictest is the pool's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _worst(values: Iterable[float | None]) -> float | None:
     return max((v for v in values if v is not None), default=None)
 
 
-def _best(values: Iterable[float | None]) -> float | None:
+def _least(values: Iterable[float | None]) -> float | None:
     return min((v for v in values if v is not None), default=None)
 
 
@@ -72,7 +72,7 @@ class Pools:
         figures = _figures(members)
         clocks = [r.joules.sm_clock_mhz for r in members if r.joules.sm_clock_mhz is not None]
         parallel = {r.request.tp for r in members}
-        queued = _sum(f.page.waiting for f in figures)
+        queued, running = _sum(f.page.waiting for f in figures), _sum(f.page.running for f in figures)
         used = [r.joules.total_j - self._told_j.get(r.lease or "", 0.0) for r in members if r.joules.known]
         return InferenceRow(
             pool, wall_ns, replicas=len(members), tensor_parallel=parallel.pop() if len(parallel) == 1 else None,
@@ -80,7 +80,10 @@ class Pools:
             requests_per_s=_sum(f.requests_per_s for f in figures), queued=None if queued is None else int(queued),
             ttft_p50_s=_edge(figures, "ttft", 0.5), ttft_p99_s=_edge(figures, "ttft", 0.99),
             tbt_p50_s=_edge(figures, "tbt", 0.5), tbt_p99_s=_edge(figures, "tbt", 0.99),
-            energy_j=sum(used) if used else None, slo_share=_best(s for f in figures for s in (f.ttft.share, f.tbt.share)),
+            energy_j=sum(used) if used else None, slo_share=_least(s for f in figures for s in (f.ttft.share, f.tbt.share)),
+            fresh_replicas=sum(r.fresh for r in members), running=None if running is None else int(running),
+            power_w=_sum(r.joules.power_w for r in members),
+            ttft_slo_s=_least(r.request.slo.ttft_s for r in members), tbt_slo_s=_least(r.request.slo.tbt_s for r in members),
         )  # fmt: skip
 
     def count(self, metrics: Metrics, replicas: Sequence[Replica]) -> None:
@@ -95,6 +98,9 @@ class Pools:
         metrics.replace("powerd_pool_energy_joules", energy)
         metrics.replace("powerd_pool_replicas", {key: len(members) for key, members in pools.items()})
         columns: dict[str, dict[Pool, float | None]] = {
+            "fresh_replicas": {k: sum(r.fresh for r in m) for k, m in pools.items()},
+            "ttft_slo_seconds": {k: _least(r.request.slo.ttft_s for r in m) for k, m in pools.items()},
+            "tbt_slo_seconds": {k: _least(r.request.slo.tbt_s for r in m) for k, m in pools.items()},
             "requests_running": {k: _sum(f.page.running for f in _figures(m)) for k, m in pools.items()},
             "requests_waiting": {k: _sum(f.page.waiting for f in _figures(m)) for k, m in pools.items()},
             "ttft_p99_seconds": {k: _edge(_figures(m), "ttft", 0.99) for k, m in pools.items()},

@@ -18,6 +18,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from powerd.clock import NS
+from powerd.sinks.quarantine import set_aside
 
 MAX_DEAD = 1000  # refused lines that are kept to be looked at
 _ROW_BYTES = 64  # what a row costs beside its data
@@ -142,13 +143,8 @@ class Spool:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if not self.path.exists():
+        if not set_aside(self.path):
             return False
-        mark = f".corrupt-{self.path.stat().st_mtime_ns}"
-        for suffix in ("-wal", "-shm", ""):
-            source = Path(f"{self.path}{suffix}")
-            if source.exists():
-                source.rename(f"{self.path}{mark}{suffix}")
         self.quarantined += 1
         self._bytes = self._points = 0
         return True

@@ -23,6 +23,7 @@ from powerd.model import Event, Reading, Snapshot
 from powerd.records import HostLoad, JobStepRow
 from powerd.sinks import jobtables
 from powerd.sinks.columns import COLUMNS, BitsOr, Kind, insert_raw, roll_up, schema
+from powerd.sinks.quarantine import set_aside
 
 _QUEUE = 4096  # snapshots, events and leases on their way: minutes at 10 Hz
 _PENDING_ROWS = 50_000  # kept while the disk refuses them
@@ -216,17 +217,12 @@ class Writer:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if not self.path.exists():
-            return False
-        mark = f".corrupt-{self.path.stat().st_mtime_ns}"
-        for suffix in ("-wal", "-shm", ""):
-            source = Path(f"{self.path}{suffix}")
-            try:
-                if source.exists():
-                    source.rename(f"{self.path}{mark}{suffix}")
-            except OSError as error:
-                self.counts.problem = f"{source}: {error.strerror}"
+        try:
+            if not set_aside(self.path):
                 return False
+        except OSError as error:
+            self.counts.problem = f"{error.filename}: {error.strerror}"
+            return False
         self.counts.quarantined += 1
         return True
 

@@ -460,6 +460,24 @@ def test_a_good_file_at_reload_takes_effect(live: LiveNode, held: Lease) -> None
     assert live.state() == before
 
 
+def test_a_key_that_waits_for_a_restart_is_named_by_the_reload(live: LiveNode) -> None:
+    before, said = live.state(), "takes effect at the next start: influx.url, influx.bucket"
+    seen = max(e.seq for e in live.client.events())
+    details = lambda: [e.detail for e in live.client.events(since=seen) if e.kind == "config_reloaded"]  # noqa: E731
+    try:
+        influx = '[influx]\nurl = "http://127.0.0.1:9"\nbucket = "new"\n[leases]\nmax_ttl_s = 50\n'
+        live.write_config(live.config_text + influx)
+        live.reload()
+        assert said in details()
+        seen = max(e.seq for e in live.client.events())
+    finally:
+        live.write_config(live.config_text)
+        live.reload()
+    assert details(), "it was reloaded"
+    assert said not in details(), "it is as powerd was started with"
+    assert live.state() == before
+
+
 def test_another_sampling_rate_at_reload_is_the_node_s_and_energy_s_too() -> None:
     with LiveNode(gpus=1) as live:
         live.write_config(live.config_text.replace("[hw]\n", "[hw]\nsample_hz = 20\n"))

@@ -16,6 +16,7 @@ from dashboards.grafana.__main__ import HERE, documents
 from dashboards.grafana.parts import Panel, Query, Row, build
 from dashboards.grafana.prometheus import SOURCE
 from powerd.sinks.metrics import METRICS
+from powerd_integrations.fleet.page import METRICS as PLANNED
 
 FILES = sorted(path.name for path in HERE.glob("*.json"))
 DASHBOARDS = {name: json.loads((HERE / name).read_text()) for name in FILES}
@@ -24,9 +25,9 @@ each = pytest.mark.parametrize("name", FILES)
 
 
 def names_of_metrics() -> set[str]:
-    """Every series name that the page can have."""
+    """Every series name that the daemon's page can have, and the fleet planner's."""
     suffixes = {"counter": ("_total",), "gauge": ("",), "summary": ("_sum", "_count")}
-    return {metric.name + suffix for metric in METRICS for suffix in suffixes[metric.kind]}
+    return {metric.name + suffix for metric in METRICS for suffix in suffixes[metric.kind]} | {metric.name for metric in PLANNED}
 
 
 def things(node: Any) -> Iterator[dict[str, Any]]:
@@ -109,7 +110,7 @@ def test_every_metric_named_in_a_dashboard_or_a_rule_exists() -> None:
 
 
 def test_every_label_named_in_a_dashboard_or_a_rule_exists() -> None:
-    known = {label for metric in METRICS for label in metric.labels} | {"instance", "job"}
+    known = {label for metric in (*METRICS, *PLANNED) for label in metric.labels} | {"instance", "job"}
     texts = [RULES.read_text(), (HERE / "powerd-prometheus.json").read_text()]
     used = {label for text in texts for label in re.findall(r"[{,] ?(\w+)(?:=~|!=|!~|=)\\?\"", text)}
     assert {"gpu", "kind", "reason", "job_name"} <= used

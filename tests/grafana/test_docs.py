@@ -17,7 +17,7 @@ RULES = HERE.parent / "prometheus" / "powerd.rules.yml"
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_prometheus_takes_the_configuration_that_the_page_shows(number: int, promtool: Path, tmp_path: Path) -> None:
     block = re.findall(r"```text\n(.*?)```", PROMETHEUS, re.S)[number]
     assert "scrape_configs" in block

@@ -11,7 +11,7 @@ from powerd.clock import NS
 from powerd.jobs import JobRow
 from powerd.model import Control, Event, Health, LeaseEnd, LeaseState, Reading, Snapshot, WantClass
 from powerd.records import JobStepRow
-from powerd.sinks.lines import TAGS, Lines
+from powerd.sinks.lines import TAGS, InferenceRow, Lines
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
 OURS = {"_time", "_value", "_field", "_measurement", "full", "plan"}  # Flux's own columns, and those that a query makes
@@ -33,8 +33,9 @@ def written() -> dict[str, set[str]]:
     made = [
         *lines.snapshot(Snapshot(1, NS, NS, (reading,))),
         *lines.lease(NS, lease),
-        *lines.job(NS, step, 0),
-        *lines.job(NS, JobRow("j", 1, NS, energy_j=1.0, checkpoint_energy_j=1.0, plan="p1"), 0),
+        *lines.job(NS, step),
+        *lines.job(NS, JobRow("j", 1, NS, energy_j=1.0, checkpoint_energy_j=1.0, plan="p1")),
+        *lines.inference(InferenceRow("chat", NS, 2, 4, 1200, 3.5, 1, 0.1, 0.2, 0.01, 0.02, 900.0, 0.99, 1, 5, 800.0, 0.4, 0.1)),
         *lines.event(Event(1, NS, NS, "drift", UUID, "sm_clock", "said", {"a": 1})),
     ]
     fields: dict[str, set[str]] = {}

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,15 @@ from dashboards.grafana.__main__ import HERE
 from powerd.api import JobEvent, JobStep, LeaseRequest, WantSpec
 from powerd.clock import NS
 from powerd.model import Control
+from powerd.replicatypes import ReplicaRequest, SloSpec
+from powerd_integrations.fleet.page import page as fleet_page
+from powerd_integrations.fleet.planner import PlannerFigures
+from powerd_integrations.fleet.published import Group, PublishedPlan
+from tests.docs.markdown import ROOT
 from tests.e2e.live import LiveNode, free_port, wait_for
 from tests.hw.test_rapl import FakePowercap
 from tests.real.servers import Prometheus, need
+from tests.replicas.engine import Endpoint, Engine
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("grafana-live")]
 RULES = HERE.parent / "prometheus" / "powerd.rules.yml"
@@ -36,10 +43,26 @@ scrape_configs:
     metrics_path: /metrics/dcgm
     authorization: {{credentials_file: {token}}}
     static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
+  - job_name: powerd-planner
+    static_configs: [{{targets: ["127.0.0.1:{planner}"]}}]
 """
+CHAT, CODE = Group("chat", 1), Group("code", 1)
+PLAN = PublishedPlan(1, 1.0, 2.0, desired={CHAT: 2, CODE: 1}, clocks_mhz={CHAT: 1200})
 
 
 READ_TOKEN = "only-reads-0123456789"
+
+
+@dataclass
+class Busy(Engine):
+    """Answers five requests whenever somebody looks."""
+
+    ttft_s: float = 0.2
+
+    def page(self) -> str:
+        self.ttft += [self.ttft_s] * 5
+        self.gaps += [0.03] * 50
+        return super().page()
 
 
 def want(control: Control, value: int) -> WantSpec:
@@ -58,6 +81,20 @@ def report_job(node: LiveNode) -> None:
     ]
     for event in (JobEvent("start"), JobEvent("step", steps=tuple(steps)), JobEvent("restore", step=7)):
         node.client.job_event_strict("gpt-tiny", event)
+
+
+def pools(node: LiveNode, stack: contextlib.ExitStack) -> None:
+    """A replica of pool chat that keeps its SLO, and one of pool code that has missed it and has fallen silent since."""
+    chat, code = Endpoint(Busy(running=3, waiting=1)), Endpoint(Busy(running=30, waiting=4, ttft_s=0.9))
+    stack.callback(chat.close)
+    for gpu, (pool, engine) in enumerate((("chat", chat), ("code", code))):
+        node.client.replica_create(
+            ReplicaRequest(f"{pool}-0", pool, (node.uuids[gpu],), engine.url, SloSpec(0.5, 0.1), detached=True, ttl_s=3600)
+        )
+    states = lambda: {view.name: (view.state, view.within_slo) for view in node.client.replicas()}  # noqa: E731
+    wait_for("both are judged", lambda: states() == {"chat-0": ("fresh", True), "code-0": ("fresh", False)})
+    code.close()
+    wait_for("code's page is stale", lambda: states()["code-0"][0] == "stale")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +117,7 @@ def node() -> Iterator[LiveNode]:
         wait_for("drift is seen", lambda: any(e.kind == "drift" for e in node.client.events()))
         node.client.lease_create(request(node, 0, want(Control.SM_CLOCK, 1200), want(Control.POWER_LIMIT, 300_000)))
         report_job(node)
+        pools(node, stack)
         yield node
 
 
@@ -89,7 +127,10 @@ def prometheus(node: LiveNode, tmp_path_factory: pytest.TempPathFactory) -> Iter
     need("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "token").write_text(READ_TOKEN)
-    server = Prometheus(folder, SCRAPE.format(rules=RULES, token=folder / "token", port=node.tcp_port))
+    planner = Endpoint(Engine())
+    planner.text = fleet_page(PLAN, PlannerFigures(1, 0.1, 0, 0, {}, {}))
+    port = planner.url.split(":")[2].split("/")[0]
+    server = Prometheus(folder, SCRAPE.format(rules=RULES, token=folder / "token", port=node.tcp_port, planner=port))
     server.start()
     try:
         enough = 'count_over_time(powerd_gpu_power_watts{gpu="0"}[1m]) >= 6'
@@ -97,11 +138,12 @@ def prometheus(node: LiveNode, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
     finally:
         server.stop()
+        planner.close()
 
 
 def filled_in(query: str) -> str:
     """The query as Grafana sends it with everything chosen."""
-    query = re.sub(r"\$(node|gpu|training)", ".*", query)
+    query = re.sub(r"\$(node|gpu|training|pool)", ".*", query)
     query = query.replace("$__rate_interval", "30s").replace("$__range", "1m")
     assert "$" not in query, query
     return query
@@ -153,10 +195,39 @@ def test_the_answers_are_what_was_done_on_the_node(prometheus: Prometheus, node:
     assert held == {("0", "sm_clock", "lease"), ("0", "power_limit", "lease")}
 
 
+def test_pools_are_told_as_their_replicas_and_the_planner_told_them(prometheus: Prometheus) -> None:
+    titles = dict(panel_queries())
+
+    def by_pool(title: str) -> dict[str, float]:
+        return {s["metric"]["pool"]: float(s["value"][1]) for s in prometheus.query(titles[title])}
+
+    assert by_pool("Time to first token A") == {"chat": 0.25}, "the edge above 0.2 s; nothing is known of what is stale"
+    assert by_pool("Time to first token B") == {"chat": 0.5, "code": 0.5}
+    assert by_pool("Time between tokens A") == {"chat": 0.05}
+    assert by_pool("Within SLO A") == {"chat": 1.0}
+    assert by_pool("Replicas and what is wanted A") == {"chat": 1, "code": 1}
+    assert by_pool("Replicas and what is wanted B") == {"chat": 2, "code": 1}
+    assert by_pool("Fresh and stale replicas A") == {"chat": 1, "code": 0}
+    assert by_pool("Fresh and stale replicas B") == {"chat": 0, "code": 1}
+    assert by_pool("Requests running A") == {"chat": 3}
+    assert by_pool("Clock of pools A").keys() == {"chat", "code"}
+    assert min(by_pool("Power of pools A")[pool] for pool in ("chat", "code")) > 10, "both GPUs work"
+
+
 def test_every_recording_rule_has_an_answer(prometheus: Prometheus) -> None:
     records = [r["record"] for g in yaml.safe_load(RULES.read_text())["groups"] for r in g["rules"] if "record" in r]
     assert len(records) > 10
     wait_for("all rules are evaluated", lambda: all(prometheus.query(name) for name in records))
+
+
+def test_every_example_of_the_page_is_taken_and_has_an_answer(prometheus: Prometheus) -> None:
+    page = (ROOT / "docs" / "prometheus.md").read_text()
+    examples = re.findall(r"^    ((?:sum|rate|powerd_).+?)   +\S", page, re.M)
+    assert len(examples) >= 6
+    unanswered = [example for example in examples if not prometheus.query(example)]
+    assert unanswered == ["powerd_pool_ttft_p99_seconds > powerd_pool_ttft_slo_seconds"], (
+        "the one pool that is known keeps its SLO"
+    )
 
 
 def test_the_page_passes_promtool_s_lint(node: LiveNode, promtool: Path) -> None:

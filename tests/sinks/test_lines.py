@@ -36,8 +36,8 @@ def fields_of(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split(" ")[1].split(","))
 
 
-def every() -> Lines:
-    return Lines("node1", sample_hz=10, every=True)
+def every(values_per_day: int = 1000) -> Lines:
+    return Lines("node1", sample_hz=10, every=True, values_per_day=values_per_day)
 
 
 def test_a_reading_is_one_point_in_base_units_with_its_own_time() -> None:
@@ -89,7 +89,7 @@ def test_no_text_can_end_a_line_or_forge_another_one(text: str) -> None:
     made = [
         *lines.lease(T0 * NS, lease(reason=text, job=text, user=text)),
         *lines.event(Event(1, 0, T0 * NS, "k", text, text, text, {"x": text})),
-        *lines.job(T0 * NS, JobStepRow(text, 0, 1, 0, 0, 1, 1.0, None, None, text, (UUID,)), 0),
+        *lines.job(T0 * NS, JobStepRow(text, 0, 1, 0, 0, 1, 1.0, None, None, text, (UUID,))),
     ]
     assert len(made) == 3
     for one in made:
@@ -119,21 +119,30 @@ def test_two_rows_of_one_moment_are_two_points() -> None:
     assert len(set(times)) == 4
 
 
-def test_a_step_that_another_rank_tells_again_replaces_itself_at_the_time_of_its_end() -> None:
-    lines = every()
-    first = JobStepRow("j", 0, 5, T0 * NS, 10 * NS, 12 * NS, 2.0, 100.0, 1200.0, None, (UUID,))
-    other = JobStepRow("j", 0, 6, T0 * NS, 12 * NS, 14 * NS, 2.0, 100.0, 1200.0, None, (UUID,))
+def test_a_step_that_another_rank_tells_again_replaces_itself_also_after_a_restart() -> None:
+    first = JobStepRow("j", 0, 5, (T0 - 8) * NS, 10 * NS, 12 * NS, 2.0, 100.0, 1200.0, None, (UUID,))
+    other = JobStepRow("j", 0, 6, (T0 - 6) * NS, 12 * NS, 14 * NS, 2.0, 100.0, 1200.0, None, (UUID,))
     later = dataclasses.replace(first, end_ns=12 * NS + 7_000_000, energy_j=200.0, gpus=(UUID, "GPU-2"))
-    made = [lines.job(T0 * NS, row, (T0 - 20) * NS)[0] for row in (first, other, later)]
+    before, after = every(), every()  # the second begins where the first has ended
+    made = [before.job(T0 * NS, first)[0], after.job(T0 * NS, other)[0], after.job(T0 * NS, later)[0]]
     times = [text.rpartition(" ")[2] for text in made]
     assert times == [f"{T0 - 8}000", f"{T0 - 6}000", f"{T0 - 8}000"]
     assert "step_energy_joules=200.0" in made[2]
 
 
+def test_steps_of_jobs_that_share_a_series_are_points_of_their_own() -> None:
+    lines = every(values_per_day=1)
+    rows = [JobStepRow(name, 0, 5, T0 * NS, NS, 2 * NS, 1.0, 100.0, None, None, (UUID,)) for name in ("named", "x", "y", "x")]
+    made = [lines.job(T0 * NS, row)[0] for row in rows]
+    assert ["job=other" in text for text in made] == [False, True, True, True]
+    times = [int(text.rpartition(" ")[2]) - T0 * 1000 for text in made]
+    assert times == [0, 0, 1, 0]
+
+
 def test_a_jobs_sums_and_restores_are_rows_of_the_job_too() -> None:
     lines = every()
-    (sums,) = lines.job(T0 * NS, JobRow("j", 7, 0, steps=3, energy_j=9.5), 0)
-    (restored,) = lines.job((T0 + 1) * NS, JobRestored("j", 1, 2), 0)
+    (sums,) = lines.job(T0 * NS, JobRow("j", 7, 0, steps=3, energy_j=9.5))
+    (restored,) = lines.job((T0 + 1) * NS, JobRestored("j", 1, 2))
     assert fields_of(sums)["steps"] == "3i"
     assert fields_of(sums)["energy_joules"] == "9.5"
     assert fields_of(restored) == {"attempt": "1i", "restored_step": "2i"}

@@ -91,11 +91,13 @@ def test_a_pool_is_its_replicas_put_together() -> None:
         "powerd_pool_replicas": 2, "powerd_pool_requests_running": 4, "powerd_pool_requests_waiting": 2,
         "powerd_pool_ttft_p99_seconds": 0.5, "powerd_pool_tbt_p99_seconds": 0.05, "powerd_pool_clock_hertz": 1.3e9,
         "powerd_pool_power_watts": 700, "powerd_pool_energy_joules_total": 1400, "powerd_replica_fresh": 1,
-        "powerd_replica_within_slo": 1,
+        "powerd_replica_within_slo": 1, "powerd_pool_fresh_replicas": 2, "powerd_pool_ttft_slo_seconds": 0.5,
+        "powerd_pool_tbt_slo_seconds": 0.1,
     }  # fmt: skip
     (row,) = pools.rows([first, second], 5 * NS)
     assert (row.replicas, row.tensor_parallel, row.sm_clock_mhz, row.queued, row.energy_j) == (2, 1, 1300, 2, 1400)
     assert (row.ttft_p50_s, row.ttft_p99_s, row.tbt_p99_s, row.slo_share) == (0.25, 0.5, 0.05, 1.0)
+    assert (row.fresh_replicas, row.running, row.power_w, row.ttft_slo_s, row.tbt_slo_s) == (2, 4, 700, 0.5, 0.1)
     assert row.requests_per_s == pytest.approx(101)
     line = Lines("h", sample_hz=1, every=True).inference(row)[0]
     assert line.startswith("inference,host=h,pool=chat ")
@@ -109,6 +111,7 @@ def test_a_pool_is_its_replicas_put_together() -> None:
     samples = shown(metrics)
     assert samples["powerd_pool_requests_waiting", (("pool", "chat"), ("tp", "1"))] == 0
     assert samples["powerd_replica_fresh", (("pool", "chat"), ("replica", "b"))] == 0
+    assert samples["powerd_pool_fresh_replicas", (("pool", "chat"), ("tp", "1"))] == 1
     assert pools.rows([first, second], 10 * NS)[0].energy_j == 6 * 700
 
     pools.leave(second)

@@ -52,6 +52,23 @@ def test_ranks_become_one_step_of_the_slowest_time_and_all_energy() -> None:
     assert (row.energy_j, row.clock_mhz, row.gpus) == (160, 1200, (A, B))
 
 
+def step_rows(book: Book) -> list[JobStepRow]:
+    return [record for record in book.records if isinstance(record, JobStepRow)]
+
+
+def test_a_step_goes_by_the_wall_time_of_its_end_which_no_other_step_has_and_no_later_rank_moves() -> None:
+    book, wall_ns = Book(), 10**18
+    told = [JobStep(n, (990 + n) * NS, (991 + n) * NS, (A,)) for n in range(2)]
+    book.say("step", steps=(*told, JobStep(2, 991 * NS, 992 * NS, (A,)), JobStep(3, NS, 2000 * NS, (A,))))
+    times = [row.wall_ns - wall_ns for row in step_rows(book)]
+    assert times == [991 * NS, 992 * NS, 992 * NS + 1_000_000, 1000 * NS], "a millisecond is of one step; none is to come"
+    book.say("step", steps=(JobStep(0, 990 * NS, 999 * NS, (B,)),))
+    assert (step_rows(book)[-1].end_ns, step_rows(book)[-1].wall_ns) == (999 * NS, wall_ns + 991 * NS)
+    book.now_ns = 10**6 * NS
+    book.say("step", steps=(JobStep(4, NS, 2 * NS, (A,)),))
+    assert step_rows(book)[-1].wall_ns == wall_ns + book.now_ns - 86_400 * NS, "a time that makes no sense is at most a day old"
+
+
 def test_goodput_counts_only_what_a_restore_kept() -> None:
     book = Book()
     book.steps(1, 10)
@@ -190,6 +207,9 @@ def test_an_earlier_daemons_jobs_go_on() -> None:
     steps = {(r.attempt, r.step): r for r in book.records if isinstance(r, JobStepRow) and not (r.attempt == 0 and r.step > 6)}
     after.table.load([replace(r) for r in rows.values()], steps.values(), after.now_ns, 10**18 + after.now_ns)
     assert after.view() == before
+    told = steps[1, 9]
+    after.say("step", steps=(JobStep(9, told.begin_ns, told.end_ns + 5 * NS, (B,), energy_j=1.0),))
+    assert step_rows(after)[-1].wall_ns == told.wall_ns, "a rank that reports after the restart is of the same point"
     after.steps(10, 11, 80, plan="p")
     assert after.view().steps == before.steps + 2
 

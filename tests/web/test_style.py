@@ -11,7 +11,7 @@ from powerd.resources import folder
 WEB = folder("dashboards") / "web"
 TEXT = [
     ("text", "ground"), ("text", "panel"), ("muted", "ground"), ("muted", "panel"), ("accent", "ground"), ("accent", "panel"),
-    ("on-accent", "accent"), ("bad", "bad-ground"), ("warn", "warn-ground"), ("good", "good-ground"),
+    ("on-accent", "accent"), ("bad", "bad-ground"), ("bad", "panel"), ("warn", "warn-ground"), ("good", "good-ground"),
 ]  # fmt: skip
 
 

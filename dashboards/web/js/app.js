@@ -2,12 +2,13 @@
 import { ApiError, Poll, Stream, get } from "./api.js";
 import { $, announce, el, setText, syncRows } from "./dom.js";
 import { History } from "./history.js";
-import { poolsExist, refreshPools, refreshTimeline, renderJobs } from "./jobs.js";
+import { refreshTimeline, renderJobs } from "./jobs.js";
 import { remember, renderEvents, renderGpus, renderTiles, seed, setPace, speak } from "./gpus.js";
+import { fetchReplicas, renderInference } from "./pools.js";
 import { refreshWhy, renderLeases } from "./why.js";
 
 const LIVE_HZ = 2, KEPT_EVENTS = 100, STALE_S = 5;
-const state = { node: null, snapshot: null, leases: [], leasesKnown: false, jobs: [], jobsKnown: false, events: [], selected: null, job: null };
+const state = { node: null, snapshot: null, leases: [], leasesKnown: false, jobs: [], jobsKnown: false, replicas: [], events: [], selected: null, job: null };
 const wall = () => new Date().toLocaleTimeString("en-GB");
 
 function badges() {
@@ -93,6 +94,10 @@ const polls = {
     renderJobs(state, selectJob);
     renderTiles(state);
   }),
+  pools: new Poll(2, async () => {
+    state.replicas = await fetchReplicas();
+    renderInference(state, select);
+  }),
   timeline: new Poll(10, () => refreshTimeline(state)),
 };
 const history = new History(state);
@@ -112,7 +117,7 @@ const handlers = {
     renderEvents(state);
     speak(event);
     clearTimeout(soon); // several come together
-    soon = setTimeout(() => { polls.leases.now(); polls.why.now(); polls.node.now(); }, 100);
+    soon = setTimeout(() => { polls.leases.now(); polls.why.now(); polls.node.now(); polls.pools.now(); }, 100);
   },
   state(name, why, wait) {
     const lost = $("lost");
@@ -135,11 +140,10 @@ async function begin() {
     state.events = (await get(`/v1/events?limit=${KEPT_EVENTS}`)).reverse();
     renderEvents(state);
     seed(await get("/v1/history?since=2m&points=120&columns=power_mw,sm_clock_mhz,utilization_percent"));
-    if (await poolsExist()) new Poll(5, refreshPools);
   } catch { /* what fails here is said where it is shown */ }
 }
 
 $("why-gpu").addEventListener("change", (change) => select(change.target.value));
-addEventListener("theme", render);
+addEventListener("theme", () => { render(); renderInference(state, select); });
 begin();
 new Stream(LIVE_HZ, handlers);

@@ -1,6 +1,7 @@
 // The table of GPUs: what each does now, with the last two minutes as a line. A time without a sample is a gap in the line.
-import { $, announce, canvas2d, cell, css, el, setText, setValue, syncRows } from "./dom.js";
+import { $, announce, cell, el, setText, setValue, syncRows } from "./dom.js";
 import { celsius, megahertz, percent, reasons, want, watts } from "./format.js";
+import { drawSpark, sparkCell } from "./sparks.js";
 
 const SPAN_S = 120, GAP_S = 3.5; // of the time of the person who looks: a simulated node's may run faster
 let pace = 1;
@@ -38,27 +39,7 @@ export function remember(snapshot) {
 }
 
 function draw(canvas, line, name, lowest) {
-  const [context, width, height] = canvas2d(canvas);
-  const known = line[name].filter((value) => value !== null);
-  if (!known.length) return;
-  const high = Math.max(...known), low = Math.min(lowest ?? high, ...known);
-  const span = high - low || 1, end = line.time_s.at(-1);
-  context.strokeStyle = css("--accent");
-  context.lineWidth = 1.5;
-  context.beginPath();
-  let before = null;
-  line[name].forEach((value, i) => {
-    const time = line.time_s[i];
-    if (value === null) { before = null; return; }
-    const x = width - ((end - time) / (SPAN_S * pace)) * width, y = height - 2 - ((value - low) / span) * (height - 4);
-    if (before === null || time - before > GAP_S * pace) { context.moveTo(x, y); context.lineTo(x + 0.5, y); } else context.lineTo(x, y);
-    before = time;
-  });
-  context.stroke();
-}
-
-function sparkCell() {
-  return el("td", { class: "n spark" }, el("canvas", { "aria-hidden": "true" }), el("span", { class: "v" }));
+  drawSpark(canvas, line.time_s, line[name], { span_s: SPAN_S * pace, gap_s: GAP_S * pace, low: lowest });
 }
 
 export function renderGpus(state, select) {
@@ -129,7 +110,8 @@ export function renderTiles(state) {
   tile(list, "Saving so far", saving === null ? "not measured" : `${(saving * 100).toFixed(1)} %`, note);
 }
 
-const SPOKEN = { lease_granted: "lease granted", lease_ended: "lease ended", gpu_lost: "GPU lost", panic: "panic", quiesced: "quiesced", resumed: "resumed" };
+const SPOKEN = { lease_granted: "lease granted", lease_ended: "lease ended", gpu_lost: "GPU lost", panic: "panic", quiesced: "quiesced", resumed: "resumed",
+  replica_stale: "replica stale, at full clock", replica_recovered: "replica recovered" };
 
 export function renderEvents(state) {
   const index = new Map((state.node?.gpus ?? []).map((gpu) => [gpu.gpu.uuid, `GPU ${gpu.gpu.index}`]));

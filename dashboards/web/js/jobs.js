@@ -1,4 +1,4 @@
-// Jobs as they report themselves, and the clocks of one of them over its time. Pools only where the daemon has them.
+// Jobs as they report themselves, and the clocks of one of them over its time.
 import { ApiError, get } from "./api.js";
 import { $, cell, el, setText, setValue, syncRows } from "./dom.js";
 import { duration, fraction, joules } from "./format.js";
@@ -44,21 +44,4 @@ export async function refreshTimeline(state) {
     box.hidden = false;
     box.replaceChildren(el("p", {}, `Its clocks over time cannot be shown: ${error.message}.`));
   }
-}
-
-// A daemon without inference has no such route; asking for it would only fill the console.
-export async function poolsExist() {
-  const document = await get("/openapi.json");
-  return "/v1/replicas" in document.paths;
-}
-
-export async function refreshPools() {
-  const replicas = await get("/v1/replicas");
-  const rows = Array.isArray(replicas) ? replicas : (replicas.replicas ?? []);
-  $("pools").hidden = $("pools-link").hidden = !rows.length;
-  const plain = (value) => value === null || typeof value !== "object";
-  const names = [...new Set(rows.flatMap((row) => Object.keys(row).filter((name) => plain(row[name]))))];
-  const table = $("pool-table");
-  table.tHead.replaceChildren(el("tr", {}, ...names.map((name) => el("th", { scope: "col" }, name.replaceAll("_", " ")))));
-  table.tBodies[0].replaceChildren(...rows.map((row) => el("tr", {}, ...names.map((name) => cell(row[name] === null || row[name] === undefined ? null : String(row[name]))))));
 }

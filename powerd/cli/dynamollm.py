@@ -91,7 +91,7 @@ def replay(
         print(json.dumps(made, indent=2))
     else:
         screen = console()
-        screen.print(replays.energy_table(made["policies"], _title(comparison.workload.trace, scenario.gpus)))
+        screen.print(replays.energy_table(made["policies"], _title(comparison.workload.trace, scenario.gpus), screen.width))
         if verbose:
             screen.print(replays.latency_table(made["policies"]))
     if written := [*filter(None, [output]), *(picture or [])]:

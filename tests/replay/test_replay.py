@@ -139,7 +139,7 @@ def test_late_requests_are_misses_by_the_rule_of_the_report(small: Comparison) -
 
 def test_the_best_fixed_fleet_is_cheaper_than_its_neighbours_that_keep_the_promises(small: Comparison) -> None:
     best = policies.best_static(small.workload, small.setting, small.known)
-    assert best is not None
+    assert best.feasible
     assert best.kept >= 0.99
     for other in (
         search.Fixed(best.fleet.tp, best.fleet.count - 1, best.fleet.clock_mhz),
@@ -149,6 +149,14 @@ def test_the_best_fixed_fleet_is_cheaper_than_its_neighbours_that_keep_the_promi
         outcome = runner.replay(policies.controller(other, small.setting), small.workload, small.setting)
         kept, _ = report.attainment(outcome, small.workload, small.setting.classes)
         assert kept < 0.99 or outcome.results.total_j / 3.6e6 >= best.energy_kwh
+
+
+def test_a_load_that_no_fixed_fleet_keeps_is_said_and_stops_nobody(hour: Trace) -> None:
+    comparison = session.prepare(scale.scaled(hour.between(600, 720), 20.0), session.scenario(None))
+    static, full = compare.compare(["beststatic", "dynamollm"], comparison)
+    assert "no fixed fleet of 96 GPUs keeps 99% in SLO" in static.entry["fleet"]
+    assert static.entry["slo_attainment"] < 0.99
+    assert full.entry["event_counts"]["infeasible"] >= 1
 
 
 def test_a_history_is_moved_before_the_trace_to_the_same_hours(hour: Trace) -> None:

@@ -13,7 +13,6 @@ from typing import Final
 
 import numpy as np
 
-from powerd.errors import RequestError
 from powerd.sim.cluster import ClusterConfig
 from powerd.sim.replay import report, search
 from powerd.sim.replay.runner import Setting, replay
@@ -94,15 +93,16 @@ def cluster_config(scenario: Scenario) -> ClusterConfig:
 
 
 def build(name: str, scenario: Scenario, workload: Workload, setting: Setting, known: Known) -> Built:
-    """Return a policy's fresh controller and the cluster as it has it; RequestError when no fixed fleet keeps the promises."""
+    """Return a policy's fresh controller and the cluster as it has it."""
     config = setting.config
     if name in PARKING and scenario.parking.enabled:
         config = replace(config, park_after_s=scenario.parking.after_s, park_clock_mhz=scenario.parking.clock_mhz or None)
     if name == "beststatic":
         best = best_static(workload, setting, known)
-        if best is None:
-            raise RequestError(f"no fixed fleet of {setting.gpus} GPUs keeps {search.KEPT:.0%} in SLO", code="bad_value")
-        return Built(controller(best.fleet, setting, name), config, str(best.fleet))
+        lacks = (
+            "" if best.feasible else f" (no fixed fleet of {setting.gpus} GPUs keeps {search.KEPT:.0%} in SLO; this keeps most)"
+        )
+        return Built(controller(best.fleet, setting, name), config, f"{best.fleet}{lacks}")
     predictor = known.predictor() if known.predictor is not None else dynamollm.forecaster(
         epoch_s=known.begin_week_s, history=known.history
     )  # fmt: skip
@@ -131,8 +131,11 @@ def lengths(classes: Classes, past: Trace) -> dict[str, Lengths]:
     return measured(classes, zip(past.prompt_tokens[::step].tolist(), past.output_tokens[::step].tolist(), strict=True))
 
 
-def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tried | None:
-    """Return the cheapest fixed fleet that keeps the promises on this very workload: it may look ahead, nobody else does."""
+def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tried:
+    """Return the cheapest fixed fleet that keeps the promises on this very workload: it may look ahead, nobody else does.
+
+    Where none does, the one that keeps most of them, which is not ``feasible``.
+    """
     by_class = Counter(workload.requests.true_class.tolist())
     requests, length_s = workload.requests, workload.length_s
     demand = {}
@@ -157,4 +160,5 @@ def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tr
         kept, _ = report.attainment(outcome, workload, setting.classes)
         return search.Tried(fleet, kept, outcome.results.total_j / report.J_PER_KWH)
 
-    return search.cheapest(judge, likely, setting.gpus)[0]
+    best, tried = search.cheapest(judge, likely, setting.gpus)
+    return best or max(tried, key=lambda each: each.kept)

@@ -34,14 +34,14 @@ class Options:
 
     quick: bool
     jobs: int
+    policies: tuple[str, ...]
 
 
-def _study(case: Callable[[], traces.Case], loads: tuple[float, ...], names: tuple[str, ...] = study.ALL) -> Callable[..., bool]:
+def _study(case: Callable[[], traces.Case], loads: tuple[float, ...]) -> Callable[..., bool]:
     def measure(report: Report, progress: Progress, options: Options) -> bool:
         scenario = session.scenario(None)
         wanted = (1.0, 0.7) if options.quick else loads
-        chosen = (BASE, STATIC, FULL) if options.quick else names
-        done = study.run(case(), scenario, wanted, chosen, options.jobs, progress)
+        done = study.run(case(), scenario, wanted, options.policies, options.jobs, progress)
         report.title = (
             f"the {done.case.name}, modelled: {len(done.case.trace)} requests at their own load, at most {scenario.gpus} GPUs"
         )
@@ -114,16 +114,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dynamollm", description=(__doc__ or "").partition(":")[2].strip())
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--quick", action="store_true", help="the hour alone, three policies: a minute")
+    parser.add_argument("--policies", help=f"of hour, day and week; comma separated, {BASE} and {FULL} among them; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="policies that run at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object per part")
     parser.add_argument("--write", action="store_true", help="rewrite their sections in benchmarks/results.md")
     given = parser.parse_args(argv)
+    policies = tuple(given.policies.split(",")) if given.policies else (BASE, STATIC, FULL) if given.quick else study.ALL
     names = given.parts or [name for name in PARTS if not (given.quick and name in ("day", "week"))]
     failed = []
     for name in names:
         report = Report(f"dynamollm-{name}", name, simulated=False, command=f"python -m benchmarks.dynamollm {name}")
         try:
-            if not PARTS[name](report, bar(name), Options(given.quick, given.jobs)):
+            if not PARTS[name](report, bar(name), Options(given.quick, given.jobs, policies)):
                 failed.append(name)
         except Exception as error:  # the others still run
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -6,6 +6,8 @@ House rules: a replay is the simulator's, words and pictures are ours; a report 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,8 +76,15 @@ def replay(
     if comparison.workload.oversize:
         limit = scenario.classes.context_limit
         note(f"{comparison.workload.oversize} prompts are beyond the context limit of {limit} tokens: rejected")
-    with progress("replay") as told:
-        summaries = compare.compare(chosen, comparison, jobs, lambda done_s, total_s: told(round(done_s), round(total_s)))
+    with ExitStack() as opened:
+        bars: list[Callable[[int, int], None]] = []
+
+        def told(done_s: float, total_s: float) -> None:
+            if not bars:  # the bar has a thread: workers are forked before there is one
+                bars.append(opened.enter_context(progress("replay")))
+            bars[0](round(done_s), round(total_s))
+
+        summaries = compare.compare(chosen, comparison, jobs, told)
     made = session.report(comparison, summaries)
     if output is not None:
         write_text(output, json.dumps(made, indent=1) + "\n")
@@ -85,7 +94,7 @@ def replay(
         print(json.dumps(made, indent=2))
     else:
         screen = console()
-        screen.print(replays.energy_table(made["policies"], _title(comparison.workload.trace, scenario.gpus)))
+        screen.print(replays.energy_table(made["policies"], _title(comparison.workload.trace, scenario.gpus), screen.width))
         if verbose:
             screen.print(replays.latency_table(made["policies"]))
     if written := [*filter(None, [output]), *(picture or [])]:

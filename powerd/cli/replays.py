@@ -19,25 +19,37 @@ if TYPE_CHECKING:
 
 COLOURS = ("0.35", "tab:brown", "tab:olive", "tab:green", "tab:purple", "tab:orange", "tab:blue", "tab:red", "tab:pink")
 
+WIDE = 160
+NARROW = ("energy", "saving", "GPU-hours", "in SLO", "worst class", "rejected")
 
-def energy_table(policies: dict[str, Any], title: str) -> Table:
-    """One row per policy: energy, cost, promises."""
-    shown = table(
-        "policy", ">energy", ">saving", ">off GPUs at 72 W", ">GPU-hours", ">cost", ">carbon", ">power p50", ">p99", ">in SLO",
-        ">worst class", ">rejected", ">unfinished", title=title,
-    )  # fmt: skip
-    first = next(iter(policies.values()))
-    for name, made in policies.items():
-        shares = {n: c["slo_attainment"] for n, c in made["classes"].items() if c["slo_attainment"] is not None}
-        worst = min(shares, key=lambda n: shares[n])
-        carbon = "-" if made["carbon_kg"] is None else f"{made['carbon_kg']:.4g} kg"
-        shown.add_row(
-            name, f"{made['energy_kwh']:.4g} kWh", _saving(made, first, "energy_kwh"), _saving(made, first, "energy_kwh_off_72w"),
-            f"{made['gpu_hours']:.4g}", f"{made['cost_usd']:.4g} USD", carbon, f"{made['power_p50_w'] / 1000:.2f} kW",
-            f"{made['power_p99_w'] / 1000:.2f} kW", f"{made['slo_attainment']:.2%}", f"{worst} {shares[worst]:.1%}",
-            str(made["rejected"]), str(made["unfinished"]),
-        )  # fmt: skip
+
+def energy_table(policies: dict[str, Any], title: str, width: int) -> Table:
+    """One row per policy: energy, cost, promises; a narrow terminal gets what matters most."""
+    rows = [_cells(made, next(iter(policies.values()))) for made in policies.values()]
+    columns = [name for name in rows[0] if width >= WIDE or name in NARROW]
+    shown = table("policy", *(f">{name}" for name in columns), title=title)
+    for name, cells in zip(policies, rows, strict=True):
+        shown.add_row(name, *(cells[column] for column in columns))
     return shown
+
+
+def _cells(made: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+    shares = {n: c["slo_attainment"] for n, c in made["classes"].items() if c["slo_attainment"] is not None}
+    worst = min(shares, key=lambda n: shares[n])
+    return {
+        "energy": f"{made['energy_kwh']:.4g} kWh",
+        "saving": _saving(made, first, "energy_kwh"),
+        "off GPUs at 72 W": _saving(made, first, "energy_kwh_off_72w"),
+        "GPU-hours": f"{made['gpu_hours']:.4g}",
+        "cost": f"{made['cost_usd']:.4g} USD",
+        "carbon": "-" if made["carbon_kg"] is None else f"{made['carbon_kg']:.4g} kg",
+        "power p50": f"{made['power_p50_w'] / 1000:.2f} kW",
+        "p99": f"{made['power_p99_w'] / 1000:.2f} kW",
+        "in SLO": f"{made['slo_attainment']:.2%}",
+        "worst class": f"{worst} {shares[worst]:.1%}",
+        "rejected": str(made["rejected"]),
+        "unfinished": str(made["unfinished"]),
+    }
 
 
 def latency_table(policies: dict[str, Any]) -> Table:

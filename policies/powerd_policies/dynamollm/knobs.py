@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from powerd_policies.dynamollm.optimizer import Weights
+from powerd_policies.dynamollm.pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Knobs:
     pool_s: float = 300.0  # counts and parallelism
     period_s: float = 5.0  # clocks; and whether load has outgrown the plan
     share_late: float = 0.005  # of all requests may miss by plan
+    tbt_margin: float = 0.985  # of the TBT is planned with
     burst: float = 1.1  # times the predicted peak is what the fleet must hold at the highest clock
     clock_margin: float = 1.0  # times the recent load is what clocks are chosen for
     fast_s: float = 20.0  # the recent load, for clocks
@@ -44,6 +46,7 @@ class Knobs:
     warmup_s: float = 30.0  # without a forecast, all GPUs stay on for this long
     pairs: int = 4  # re-shards at a time at most
     ladder: bool = False  # emergencies: reorder, highest clock, re-steer, reject
+    pace: Pace | None = None  # answers are written as fast as they are read: tightens the TBT
     budget_w: float | None = None  # for all GPUs of the fleet
     weights: Weights = field(default_factory=Weights)
     usd_per_gpu_hour: float | None = None  # with a price of energy: GPUs that are off save this too

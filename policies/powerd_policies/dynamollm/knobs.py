@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from powerd_policies.dynamollm.optimizer import Weights
+from powerd_policies.dynamollm.pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Knobs:
     warmup_s: float = 30.0  # without a forecast, all GPUs stay on for this long
     pairs: int = 4  # re-shards at a time at most
     ladder: bool = False  # emergencies: reorder, highest clock, re-steer, reject
+    pace: Pace | None = None  # answers are written as fast as they are read: tightens the TBT
     budget_w: float | None = None  # for all GPUs of the fleet
     weights: Weights = field(default_factory=Weights)
     usd_per_gpu_hour: float | None = None  # with a price of energy: GPUs that are off save this too

@@ -6,6 +6,7 @@ is in the clocks and not in idle GPUs; power is compared at the load that is exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -49,6 +50,7 @@ class Layout:
         return sum(shape.tp * shape.count for shapes in self.shapes.values() for shape in shapes)
 
 
+USUAL_START_S: Final = 60.0
 SHARES: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of a load that is too much, tried in turn
 
 
@@ -57,6 +59,7 @@ class PoolController:
 
     def __init__(self, capacity: Capacity, knobs: Knobs, gpus: int, start_s: float = 60.0) -> None:
         self.capacity, self.knobs, self.gpus, self.start_s = capacity, knobs, gpus, start_s
+        self.burst = 1.0 + (knobs.burst - 1.0) * max(1.0, start_s / USUAL_START_S) ** 0.5  # grows as long as nobody comes to help
         model = capacity.model
         self.tps = model.tps if knobs.shards else (knobs.tp,)
         self.top = {tp: model.clocks_mhz(tp)[0] for tp in self.tps}
@@ -68,7 +71,7 @@ class PoolController:
         """Return the layout of least cost; one that lacks something uses what there is and says which class lacks what."""
         lacks = ""
         for share in SHARES:
-            for burst in (self.knobs.burst, 1.0) if share == 1.0 else (1.0,):
+            for burst in (self.burst, 1.0) if share == 1.0 else (1.0,):
                 try:
                     found = self._try([_less(need, share) for need in needs], burst, tps or {}, weights)
                 except InfeasibleError as error:
@@ -151,14 +154,19 @@ class PoolController:
         return best
 
     def _lacks(self, need: Need) -> str:
-        tp = max(self.tps)
-        service = self.capacity.serve(tp, self.top[tp], max(1, (need.gpus or self.gpus) // tp), need.peak)
-        held = max((self.capacity.holds(t, self.top[t], max(1, self.gpus // t), need.peak), t) for t in self.tps)
-        if held[0] <= 0:
-            return f"no tensor parallelism and clock keeps {service.lacks} at any load"
-        return (
-            f"{service.lacks}; {self.gpus} GPUs hold {100 * held[0]:.0f} % of the load, {self.gpus / held[0]:.0f} would be needed"
-        )
+        """Say what a need fails by, and how many GPUs would do."""
+        gpus = self.gpus if need.gpus is None else need.gpus
+        tps = [tp for tp in self.tps if tp <= gpus]
+        if not tps:
+            return f"{gpus} GPUs are fewer than an instance of TP{min(self.tps)} has"
+        held, tp = max((self.capacity.holds(tp, self.top[tp], gpus // tp, need.peak), tp) for tp in tps)
+        if held <= 0:
+            alone = self.capacity.serve(tp, self.top[tp], gpus // tp, scaled(need.peak, 1e-3))
+            return f"no tensor parallelism and clock keeps {alone.lacks or 'its SLO'} at any load"
+        lacks = self.capacity.serve(tp, self.top[tp], gpus // tp, need.peak).lacks
+        needed = math.ceil(gpus / held)
+        told = f"{gpus} GPUs hold {100 * held:.0f} % of the load at the highest clock, about {needed} would be needed"
+        return f"{lacks}; {told}" if lacks else told
 
     def _fallback(self, needs: list[Need], lacks: str) -> Layout:
         """Everything that there is, by prompt and answer tokens."""

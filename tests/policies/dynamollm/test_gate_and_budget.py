@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from powerd.sim import enginemodels
 from powerd_policies.dynamollm.budget import Draw, WattBudget
-from powerd_policies.dynamollm.gate import Gate
+from powerd_policies.dynamollm.gate import Gate, reshard_j
+from powerd_policies.dynamollm.overheads import Fixes, Overheads
+from powerd_policies.dynamollm.pool import Shape
 
 MODEL = enginemodels.load()
 DRAWS = st.lists(
@@ -58,15 +60,27 @@ def test_a_ceiling_keeps_the_budget_or_says_that_none_does(draws: list[Draw], bu
 
 def test_measured_watts_above_the_model_lower_the_ceiling_at_once_and_are_forgotten_slowly() -> None:
     draws = [Draw(4, 10, 1980, 2000.0, 500.0)]
-    budget = WattBudget(MODEL, 1.05 * WattBudget(MODEL, 1.0).power_w(draws))
+    budget = WattBudget(MODEL, 1.15 * WattBudget(MODEL, 1.0).power_w(draws))
     assert budget.ceiling(draws).clock_mhz is None
     budget.learn(1.3, 1.0)
     low = budget.ceiling(draws).clock_mhz
     assert low is not None
     budget.learn(1.0, 1.0)
     assert budget.ceiling(draws).clock_mhz is not None
-    for _ in range(200):
+    for _ in range(100):
         budget.learn(1.0, 1.0)
     assert budget.ceiling(draws).clock_mhz is None
     budget.learn(None, 1.0)
     assert budget.ceiling(draws).clock_mhz is None
+
+
+def test_a_reshard_costs_what_a_matching_leaves_to_be_moved_and_a_start_what_a_start_takes() -> None:
+    weights = MODEL.weights_bytes
+    have = {"LL": {8: 12}}
+    full = reshard_j(have, {"LL": (Shape(4, 1980, 24),)}, 96, Overheads(), weights, 200.0)
+    roomy = reshard_j({"LL": {8: 4}}, {"LL": (Shape(4, 1980, 8),)}, 96, Overheads(), weights, 200.0)
+    assert 0 < full < 96 * 200.0 * 10  # seconds of copies
+    assert roomy == 32 * 200.0 * Overheads().start_s()
+    assert reshard_j(have, {"LL": (Shape(8, 1980, 12),)}, 96, Overheads(), weights, 200.0) == 0.0
+    naive = reshard_j(have, {"LL": (Shape(4, 1980, 24),)}, 96, Overheads(Fixes(matching=False)), weights, 200.0)
+    assert naive > full

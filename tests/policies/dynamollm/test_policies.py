@@ -17,6 +17,8 @@ from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import ClassLoad, FleetController, FleetEvent, FleetPlan, FleetState, InstanceState
 from powerd_policies.dynamollm.knobs import POLICIES, Knobs
+from powerd_policies.dynamollm.overheads import Fixes, Overheads
+from powerd_policies.dynamollm.pace import Pace
 
 MODEL, CLASSES, GPUS = enginemodels.load(), Classes(), 48
 TOP = MODEL.max_clock_mhz
@@ -201,3 +203,46 @@ def test_a_fixed_fleet_stays_and_what_is_not_there_is_refused() -> None:
     small = EngineModel("m", "g", {k: v for k, v in MODEL.table.items() if k[0] == 4}, MODEL.kv_tokens, 1)
     with pytest.raises(ValueError, match="needs tensor parallelism 8; the profile of m holds"):
         policies.build("singlepool", model=small, classes=CLASSES, gpus=GPUS)
+
+
+def test_a_pace_that_readers_keep_is_what_clocks_are_chosen_for() -> None:
+    knobs = POLICIES["scalefreq"]
+    calm = run(build("scalefreq"), requests([6.0] * 6), 360.0)
+    quick = run(build("scalefreq", replace(knobs, pace=Pace(faster=5.0))), requests([6.0] * 6), 360.0)
+    assert _mean_mhz(quick) > _mean_mhz(calm)
+    nobody = run(build("scalefreq", replace(knobs, pace=Pace(tokens_per_s=None))), requests([6.0] * 6), 360.0)
+    assert nobody.plans[-1].instances == calm.plans[-1].instances
+
+
+def _mean_mhz(found: Run) -> float:
+    clocks = [want.clock_mhz for plan in found.plans[20:] for want in plan.instances]
+    return sum(clocks) / len(clocks)
+
+
+def test_a_fleet_that_starts_slowly_holds_more() -> None:
+    quick, slow = (
+        run(
+            policies.build("dynamollm", model=MODEL, classes=CLASSES, gpus=GPUS, overheads=Overheads(fixes)),
+            requests([9.0] * 8),
+            480.0,
+        )
+        for fixes in (Fixes(), Fixes.none())
+    )
+    gpus = [sum(want.tp for want in found.plans[-1].instances) for found in (quick, slow)]
+    assert gpus[1] > gpus[0]
+
+
+def test_a_price_on_gpus_leaves_fewer_of_them_on() -> None:
+    knobs = replace(POLICIES["dynamollm"], usd_per_gpu_hour=3.0)
+    counts = []
+    for own in (POLICIES["dynamollm"], knobs):
+        controller, counted = build("dynamollm", own), 0
+        state = FleetState(0.0, 0.0, (), {}, GPUS, price_per_kwh=0.1)
+        plan = controller.decide(state)
+        for n in range(1, 80):
+            instances = tuple(InstanceState(f"LL-{k}", w.pool, w.tp, w.clock_mhz) for k, w in enumerate(plan.instances))
+            load = {"ML": ClassLoad(40, 36_000, 16_800)}
+            plan = controller.decide(FleetState(5.0 * n, 5.0, instances, load, GPUS, price_per_kwh=0.1))
+            counted = sum(want.tp for want in plan.instances)
+        counts.append(counted)
+    assert counts[1] <= counts[0]

@@ -1,7 +1,7 @@
 """The class that each request is routed by, and the answer that is planned with: what a service would have guessed at the time.
 
-House rules: a guess is made of what had been answered before, never of the request's own answer or of later ones (but by an oracle,
-which is named so); what is learned is learned late, after a slot in which it surely was answered.
+House rules: a guess is made of what had been answered before, never of the request's own answer or of later ones (but by an
+oracle, which is named so); what is learned is learned late, after a slot in which it surely was answered.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from powerd_policies.dynamollm.lengths import TYPICAL_TOKENS, Hints, LengthPredi
 Tokens = NDArray[np.int32]
 Indices = NDArray[np.uint8]
 SLOT_S: Final = 300.0
+_ENOUGH: Final = 200_000  # requests of the past to learn from
 _PRIOR: Final = 20.0  # requests that it takes to believe a class's own mean answer
 
 
@@ -32,6 +33,7 @@ def guess(
     classes, forecast = scenario.request_classes(), scenario.forecast
     if forecast.output_length == "oracle":
         return _classes_of(classes, Oracle(classes), prompt, output), output
+    past = past.thinned(_ENOUGH)
     learns = forecast.output_length == "trained"
     predictor: LengthPredictor = (
         LengthTable.train(past.prompt_tokens, past.output_tokens, classes)
@@ -57,7 +59,10 @@ def guess(
 
 def _classes_of(classes: Classes, predictor: LengthPredictor, prompt: Tokens, output: Tokens, first: int = 0) -> Indices:
     """The prompt is known, the size of the answer is predicted; ``first`` numbers the requests."""
-    sizes = predictor.predict(prompt, Hints(output_tokens=output, ids=np.arange(first, first + len(prompt))))
+    if isinstance(predictor, LengthTable):  # it looks at the prompt's length alone: each length is asked once
+        sizes = predictor.predict(np.arange(int(prompt.max(initial=0)) + 1))[prompt]
+    else:
+        sizes = predictor.predict(prompt, Hints(output_tokens=output, ids=np.arange(first, first + len(prompt))))
     return np.asarray(3 * np.searchsorted(classes.prompt_bounds[:2], prompt, side="right") + sizes, dtype=np.uint8)
 
 

@@ -1,5 +1,5 @@
 # Everything a newcomer or CI runs: `make demo` and `make test` first. Two house rules: nothing is installed outside
-# .venv, .venv-peers and .venv-torch, and nothing is downloaded again while pyproject.toml and the constraints files stay the same.
+# .venv, .venv-peers, .venv-torch and .venv-ray, and nothing is downloaded again while pyproject.toml and the constraints files stay the same.
 SHELL := /bin/sh
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
@@ -9,15 +9,17 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 PEERS := .venv-peers/bin
 TORCH := .venv-torch/bin
+RAY := .venv-ray/bin
 PIP_OPTIONS := -qq --disable-pip-version-check --no-input
 # hatchling comes pinned from the constraints file and builds in the environment itself, so no build is left unpinned.
 BUILD_TOOLS := pip hatchling editables
 PEER_TOOLS := nvitop gpustat py3nvml zeus lowtime nvidia-ml-py
 TORCH_TOOLS := torch==2.13.0 lightning transformers accelerate megatron-core deepspeed
+RAY_TOOLS := 'ray[serve]' grpcio grpcio-tools
 
 # The same tests run in the same way everywhere: two workers, tests that must share one worker marked xdist_group.
 PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
-FAST := not long and not slow and not peers and not torch and not real
+FAST := not long and not slow and not peers and not torch and not ray and not real
 
 .PHONY: help demo test check test-long bench bench-perseus bench-dynamollm constraints preflight clean
 .DELETE_ON_ERROR:
@@ -44,10 +46,10 @@ check: .venv/.installed-dev
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 	$(PYTEST) -m "$(FAST)"
 
-test: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed
+test: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed .venv-ray/.installed
 	$(PYTEST) -m "not long"
 
-test-long: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed
+test-long: .venv/.installed-dev .venv-peers/.installed .venv-torch/.installed .venv-ray/.installed
 	$(BIN)/python -m pytest -m long --timeout 7200 $(PYTEST_ARGS)
 
 bench: .venv/.installed-dev
@@ -95,10 +97,20 @@ bench-dynamollm: .venv/.installed-dev
 	@$(TORCH)/python -m pip install $(PIP_OPTIONS) -c constraints-torch.txt --no-build-isolation -e '.[plan]'
 	@touch $@
 
+# Ray Serve and gRPC, and powerd beside them as in a service's image.
+.venv-ray/.installed: pyproject.toml constraints-ray.txt
+	@.ci/preflight "$(PYTHON)"
+	@echo "Installing Ray Serve into .venv-ray (about a minute) ..."
+	@$(PYTHON) -m venv .venv-ray
+	@$(RAY)/python -m pip install $(PIP_OPTIONS) -c constraints-ray.txt $(BUILD_TOOLS)
+	@$(RAY)/python -m pip install $(PIP_OPTIONS) -c constraints-ray.txt $(RAY_TOOLS)
+	@$(RAY)/python -m pip install $(PIP_OPTIONS) -c constraints-ray.txt --no-build-isolation -e '.[ray,keda]'
+	@touch $@
+
 # Resolves the environments anew from pyproject.toml and writes what was found into the constraints files.
 constraints:
 	@.ci/preflight "$(PYTHON)"
 	@$(PYTHON) .ci/pin.py $(PEER_TOOLS)
 
 clean:
-	rm -rf .venv .venv-peers .venv-torch .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-torch .venv-ray .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Resolves the main, the peer and the framework environment from nothing and writes their constraints files.
+"""Resolves the main, the peer, the framework and the Ray environment from nothing and writes their constraints files.
 
 House rules: pins come from environments that were really installed, never from a resolver's guess; every run starts
 from an empty environment, so a pin that nothing needs any more disappears.
@@ -33,6 +33,8 @@ TORCH_VERSIONS = {
     "megatron-core": "0.16.1",
     "deepspeed": "0.19.8",
 }
+# Ray Serve and gRPC, and the compiler that our .proto is checked with.
+RAY_VERSIONS = {"ray[serve]": "2.60.0", "grpcio": "1.85.1", "grpcio-tools": "1.85.1"}
 HEADER = "# Written by `make constraints` from a fresh environment; docs/dependencies.md says what each is for.\n"
 
 
@@ -75,8 +77,14 @@ def pin_torch() -> None:
     write("constraints-torch.txt", resolve("torch", ["-e", ".[plan]", *tools]))
 
 
+def pin_ray() -> None:
+    """Write constraints-ray.txt."""
+    tools = [f"{tool}=={version}" for tool, version in RAY_VERSIONS.items()]
+    write("constraints-ray.txt", resolve("ray", ["-e", ".[ray,keda]", *tools]))
+
+
 def main() -> None:
-    """Write constraints.txt, constraints-peers.txt and constraints-torch.txt."""
+    """Write constraints.txt, constraints-peers.txt, constraints-torch.txt and constraints-ray.txt."""
     lines = resolve("main", ["-e", ".[all]", "--group", "dev"])
     lines.append(pin_without_installing(ROOT / "build" / "pins" / "main" / "bin" / "python", "ziglang"))
     write("constraints.txt", lines)
@@ -84,6 +92,7 @@ def main() -> None:
     lines = resolve("peers", ["-e", ".", *peers])
     write("constraints-peers.txt", lines)
     pin_torch()
+    pin_ray()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import psutil
 
 from benchmarks import energy as energy_windows
 from benchmarks import spans as energy_spans
+from benchmarks.autoscaler import autoscaler
 from benchmarks.beats import beats
 from benchmarks.clock_search import search_clocks
 from benchmarks.cluster import cluster
@@ -309,5 +310,6 @@ CASES = {
     "instructions": instructions,
     "host": host,
     "savings": savings,
+    "autoscaler": autoscaler,
     "cluster": cluster,
 }

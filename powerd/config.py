@@ -12,10 +12,10 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from powerd.errors import ConfigError
 
@@ -153,6 +153,38 @@ class InfluxConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicasConfig:
+    """``[replicas]``: how inference replicas are followed (docs/inference.md)."""
+
+    scrape_s: float = knob(1.0, "seconds between two looks at an engine's metrics page", low=0.1, high=10)
+    timeout_s: float = knob(1.0, "seconds that an engine may take to answer", low=0.05, high=10)
+    stale_s: float = knob(4.0, "full clock when no page could be believed for so many seconds", low=0.2, high=120)
+    good_scrapes: int = knob(3, "good pages in a row before a clock is lowered again", low=1, high=100)
+    window_s: float = knob(15.0, "seconds over which latencies are judged", low=1, high=600)
+    park_after_s: float = knob(10.0, "an engine with nothing to do for so long is idle: its clock is parked", low=0.5, high=3600)
+    allowed_hosts: str = knob("", "hosts beside this one whose metrics pages may be read, comma separated")
+    profile_dir: str = knob("", "folder with the site's own engine profiles; empty: those that come with powerd")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticReplica:
+    """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
+
+    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s")
+
+    name: str = knob("", "its name on this node")
+    pool: str = knob("", "the pool of alike replicas that it belongs to")
+    gpus: tuple[str, ...] = knob((), "UUIDs of its GPUs")
+    metrics_url: str = knob("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
+    ttft_s: float = knob(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
+    tbt_s: float = knob(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
+    tp: int = knob(1, "tensor parallelism", low=1, high=64)
+    engine: str = knob("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
+    chunk_tokens: int = knob(512, "prompt tokens of one iteration at most (vLLM: max_num_batched_tokens)", low=1, high=1 << 20)
+    profile: str = knob("", "engine profile; empty: the clock is parked when idle and full otherwise")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of powerd's configuration; immutable, replaced as a whole."""
 
@@ -166,6 +198,13 @@ class Config:
     store: StoreConfig = field(default_factory=StoreConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     influx: InfluxConfig = field(default_factory=InfluxConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    replica: tuple[StaticReplica, ...] = field(default=(), metadata={"rows": StaticReplica})
+
+
+def sections() -> list[str]:
+    """The names of the ``[sections]``; ``[[replica]]`` is a list of its own."""
+    return [f.name for f in fields(Config) if "rows" not in f.metadata]
 
 
 def _place(name: str, system: str, variable: str, fallback: str) -> Path:
@@ -239,7 +278,11 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(type(item) is str for item in value):
+            raise ConfigError(f"{where}: expected a list of strings, got {value!r}")
+        value = tuple(value)
+    elif type(value) is not kind:
         raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
     low, high, one_of = metadata.get("low"), metadata.get("high"), metadata.get("one_of")
     if low is not None and not low <= value <= high:
@@ -249,6 +292,28 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
     return value
 
 
+def _rows(kind: Any, section: str, rows: list[Any], text: str, file: str, before: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The ``[[section]]`` tables of one file after those of earlier ones; nobody's name is taken twice."""
+    hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    head = re.compile(rf"\s*\[\[\s*[\"']?{re.escape(section)}[\"']?\s*\]\]")
+    starts = [n for n, line in enumerate(text.splitlines(), 1) if head.match(line)]
+    found = list(before)
+    for number, row in enumerate(rows):
+        at = f"{file}:{starts[number] if number < len(starts) else 1}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{at}: {section} has to be a table", hint=f"[[{section}]]")
+        for key in row:
+            if key not in known:
+                raise ConfigError(f"{at}: unknown key {section}.{key}", hint=_nearest(key, known))
+        if missing := [key for key in kind.NEEDED if not row.get(key)]:
+            raise ConfigError(f"{at}: {section} without {', '.join(missing)}")
+        made = kind(**{k: _check(f"{at}: {section}.{k}", v, hints[k], known[k].metadata) for k, v in row.items()})
+        if any(made.name == other.name for other in found):
+            raise ConfigError(f"{at}: {section} {made.name!r} is there twice")
+        found.append(made)
+    return tuple(found)
+
+
 def lay(text: str, file: str, base: T) -> T:
     """Check one TOML text and lay it over ``base``, a dataclass of sections whose keys are fields with metadata as here."""
     try:
@@ -256,11 +321,17 @@ def lay(text: str, file: str, base: T) -> T:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
     config = base
-    sections = {f.name: f for f in fields(base)}
+    known_sections = [f.name for f in fields(base) if "rows" not in f.metadata]
+    lists = {f.name: f.metadata["rows"] for f in fields(base) if "rows" in f.metadata}
     for section, content in data.items():
-        if section not in sections or not isinstance(content, dict):
+        if section in lists and isinstance(content, list):
+            found = _rows(lists[section], section, content, text, file, getattr(config, section))
+            config = replace(config, **{section: found})
+            continue
+        if section not in known_sections or not isinstance(content, dict):
             at = f"{file}:{_line_of(text, section, '')}"
-            raise ConfigError(f"{at}: unknown section or key {section!r}", hint=_nearest(section, sections))
+            hint = f"[[{section}]], once for each" if section in lists else _nearest(section, known_sections)
+            raise ConfigError(f"{at}: unknown section or key {section!r}", hint=hint)
         current = getattr(config, section)
         hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
         changes = {}
@@ -316,7 +387,6 @@ def load(path: Path | None = None, *, trusted: bool = True) -> Config:
 def keys() -> list[tuple[str, str, Any, str]]:
     """Every key as (section, key, default, help): the documentation page is made from this."""
     rows: list[tuple[str, str, Any, str]] = []
-    for section in fields(Config):
-        if section.default_factory is not MISSING and is_dataclass(section.default_factory):
-            rows += [(section.name, f.name, f.default, str(f.metadata["help"])) for f in fields(section.default_factory)]
+    for section in sections():
+        rows += [(section, f.name, f.default, str(f.metadata["help"])) for f in fields(getattr(Config(), section))]
     return rows

@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from powerd.config import Config, keys
+from powerd.config import Config, StaticReplica, keys, sections
 
 _HEAD = """# Configuration
 
@@ -28,24 +28,24 @@ a file that root or its own user alone can write.
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return "[]"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def page() -> str:
     """The whole page as Markdown."""
     lines = [_HEAD]
-    ranges = {
-        (section.name, f.name): f.metadata
-        for section in fields(Config)
-        for f in fields(type(getattr(Config(), section.name)))
-    }  # fmt: skip
+    kinds = {name: type(getattr(Config(), name)) for name in sections()} | {"replica": StaticReplica}
+    ranges = {(section, f.name): f.metadata for section, kind in kinds.items() for f in fields(kind)}
+    rows = [*keys(), *(("replica", f.name, f.default, str(f.metadata["help"])) for f in fields(StaticReplica))]
     section_now = ""
-    for section, key, default, text in keys():
+    for section, key, default, text in rows:
         if section != section_now:
             section_now = section
-            about = (type(getattr(Config(), section)).__doc__ or "").partition(": ")[2]
+            about = (kinds[section].__doc__ or "").partition(": ")[2]
             lines += [
-                f"\n## `[{section}]`\n",
+                "\n## `[[replica]]`\n" if section == "replica" else f"\n## `[{section}]`\n",
                 about[:1].upper() + about[1:],
                 "\n| key | default | range | meaning |",
                 "|---|---|---|---|",

@@ -88,7 +88,8 @@ class Handlers:
         return View.FULL if views is None else views.get(uuid, View.NONE)
 
     @staticmethod
-    def _must_control(call: Call) -> None:
+    def must_control(call: Call) -> None:
+        """DeniedError unless the caller may set every GPU."""
         decision = may_control(call.who, call.rules)
         if not decision.allowed:
             raise DeniedError(f"setting is not permitted: {decision.why}", hint="ask the operator for the group in access.group")
@@ -111,9 +112,10 @@ class Handlers:
             return
         if call.token is not None:
             raise DeniedError(f"not the token of lease {lease.id}")
-        self._must_control(call)
+        self.must_control(call)
 
-    def _may_see(self, call: Call, lease: Lease) -> bool:
+    def may_see(self, call: Call, lease: Lease) -> bool:
+        """Whether the caller holds this lease or reads everything."""
         mine = call.who.origin is Origin.UNIX and call.who.uid == lease.uid
         return mine or token_matches(lease, call.token) or may_read_all(call.who, call.rules).allowed
 
@@ -124,9 +126,9 @@ class Handlers:
         def sees(event: Event) -> bool:
             if event.uuid is not None:
                 return self._view(call, event.uuid) is View.FULL
-            if event.kind.startswith("lease_"):
-                lease = self.engine.book.get(event.subject or "")
-                return lease is not None and self._may_see(call, lease)
+            if event.kind.startswith(("lease_", "replica_")):
+                lease = self.engine.book.get(str(event.data.get("lease") or event.subject or ""))
+                return lease is not None and self.may_see(call, lease)
             return True
 
         return sees
@@ -251,7 +253,7 @@ class Handlers:
         self._known_gpu(uuid)
         source = self.node.snapshot if view is View.FULL else self.node.slow_snapshot
         reading = source.of(uuid) if source is not None else None
-        visible = [x for x in self.engine.leases.values() if self._may_see(call, x)]
+        visible = [x for x in self.engine.leases.values() if self.may_see(call, x)]
         return call.answer(explain_view(self.engine, uuid, reading, visible))
 
     async def events(self, call: Call) -> web.Response:
@@ -290,10 +292,10 @@ class Handlers:
 
     async def leases(self, call: Call) -> web.Response:
         call.query()
-        return call.answer([lease_view(self.engine, x) for x in self.engine.leases.values() if self._may_see(call, x)])
+        return call.answer([lease_view(self.engine, x) for x in self.engine.leases.values() if self.may_see(call, x)])
 
     async def lease_create(self, call: Call) -> web.Response:
-        self._must_control(call)
+        self.must_control(call)
         request: LeaseRequest = await self.body(call, LeaseRequest)
         pidfd = None
         if not request.detached and not request.dry_run:
@@ -311,7 +313,7 @@ class Handlers:
     def visible(self, call: Call) -> Lease:
         """The lease in the path, if the caller may see it."""
         lease = self.engine.book.find(call.request.match_info["id"])
-        if not self._may_see(call, lease):
+        if not self.may_see(call, lease):
             raise RequestError(f"no lease {lease.id!r}", hint="powerctl lease list", code="not_found")
         return lease
 
@@ -364,18 +366,18 @@ class Handlers:
     # --- panic, quiesce, resume ----------------------------------------------
 
     async def panic(self, call: Call) -> web.Response:
-        self._must_control(call)
+        self.must_control(call)
         self.engine.enter_panic(f"asked by {call.who.user or call.who.origin.value}")
         return call.answer(Ack(True, "every GPU goes to baseline; powerctl resume ends this"))
 
     async def quiesce(self, call: Call) -> web.Response:
-        self._must_control(call)
+        self.must_control(call)
         request: QuiesceRequest = await self.body(call, QuiesceRequest)
         self.engine.quiesce(request.max_s, request.reason)
         return call.answer(Ack(True, f"NVML handles are being closed; resumes by itself after {request.max_s:g} s"))
 
     async def resume(self, call: Call) -> web.Response:
-        self._must_control(call)
+        self.must_control(call)
         return call.answer(Ack(True, self.engine.resume(f"asked by {call.who.user or call.who.origin.value}")))
 
     def table(self) -> dict[str, Handler]:

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             config = configuration.load(arguments.file)
             check_tcp(config.tcp)
             check_influx(config.influx)
+            _check_replicas(config)
             print(f"{arguments.file or configuration.default_file()}: good")
             return EXIT_OK
         return _run(arguments)
@@ -141,6 +142,8 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.notify import listen_sockets, notify, watchdog_ns
     from powerd.peer import group_id
     from powerd.planroutes import PlanRoutes
+    from powerd.replicaroutes import ReplicaRoutes
+    from powerd.replicas import Replicas, check_replicas
     from powerd.server import Server
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
@@ -155,6 +158,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     make_dir(run_dir, 0o755)
     make_dir(state_dir, 0o700)
     tcp_tokens = check_tcp(config.tcp)
+    check_replicas(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_state(state_dir))
         handed = listen_sockets()
@@ -166,6 +170,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         node = Node(clock, config.hw.sample_hz)
         book = LeaseBook(clock, LeaseFile(state_dir / "leases.json"), events)
         engine = Engine(clock, config, book, events, node)
+        replicas = Replicas(engine, state_dir / "replicas.json")
         reload_error = ""
         started_wall_ns = clock.wall_ns()
 
@@ -193,6 +198,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             node.listeners.append(influx.append)
             jobs.listeners.append(influx.append_job)
             events.listeners.append(influx.append_event)
+            replicas.on_row = influx.append_inference
 
         # Who asks
         def rules() -> Rules:
@@ -211,6 +217,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         def on_lease(lease: Any) -> None:
             engine.plans.lease_changed(lease)
             attach.lease_changed(lease)
+            replicas.lease_changed(lease)
             view: LeaseView = lease_view(engine, lease)
             for sink in (store, influx):
                 if sink is not None:
@@ -224,9 +231,10 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
         solver = Solver(clock)
         job_routes = JobRoutes(handlers, spans, jobs, solver)
         host_routes = HostRoutes(handlers, host)
-        handlers.counts += [job_routes.count, host_routes.count]
-        routes = {**handlers.table(), **PlanRoutes(handlers).table(), **job_routes.table(), **host_routes.table()}
-        server = Server(clock, routes, rules, lambda: tcp_tokens)
+        replica_routes = ReplicaRoutes(handlers, replicas)
+        handlers.counts += [job_routes.count, host_routes.count, replica_routes.count]
+        tables = [x.table() for x in (handlers, PlanRoutes(handlers), job_routes, host_routes, replica_routes)]
+        server = Server(clock, {name: handler for table in tables for name, handler in table.items()}, rules, lambda: tcp_tokens)
 
         # powerd-hw
         hw_socket = arguments.hw_socket or (run_dir / "hw" / "hw.sock")
@@ -244,6 +252,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 new = load_config(arguments)
                 tcp_tokens = check_tcp(new.tcp)
                 check_influx(new.influx)
+                check_replicas(new)
                 if child is not None:
                     child.reload(for_child(new, state_dir))
                 engine.apply_config(new)
@@ -252,6 +261,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
                 spans.sampled_every(round(clocks.NS / new.hw.sample_hz))
                 reload_error = ""
                 events.add("config_reloaded")
+                replicas.apply_config()
             except ConfigError as error:
                 reload_error = str(error)
                 events.add("config_refused", detail=str(error))
@@ -272,11 +282,12 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload)
         engine.start()
+        replicas.start()
         if store is not None:
             await _load_jobs(jobs, store, clock)
         attach.start()
         await server.start(api_socket, config.tcp)
-        work: list[Coroutine[Any, Any, None]] = [engine.run(), link.run()]
+        work: list[Coroutine[Any, Any, None]] = [engine.run(), link.run(), replicas.run()]
         if child is not None:
             work.append(child.run())
         if (period_ns := watchdog_ns()) is not None:
@@ -312,6 +323,14 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
             await asyncio.gather(*(asyncio.to_thread(sink.close) for sink in (store, influx) if sink is not None))
             log("stopped")
         return code
+
+
+def _check_replicas(config: Config) -> None:
+    """The replicas of the file, where the daemon is installed; without it there is nothing that could follow them."""
+    if config.replica:
+        from powerd.replicas import check_replicas
+
+        check_replicas(config)
 
 
 def _from_thread(add: Callable[..., Event]) -> Callable[[str, str], None]:

@@ -7,7 +7,7 @@ it; both layouts hold the same files, a checkout (also installed editable) at it
 from pathlib import Path
 from typing import Final, Literal
 
-Name = Literal["profiles", "scenarios", "dashboards", "systemd"]
+Name = Literal["profiles", "scenarios", "dashboards", "systemd", "kubernetes"]
 
 # Where each lies in a checkout; hatch_build.py reads this table and puts the same folders into the wheel.
 CHECKOUT_PLACES: Final[dict[Name, str]] = {
@@ -15,6 +15,7 @@ CHECKOUT_PLACES: Final[dict[Name, str]] = {
     "scenarios": "policies/scenarios",
     "dashboards": "dashboards",
     "systemd": "integrations/systemd",
+    "kubernetes": "integrations/kubernetes",
 }
 _PACKAGE: Final = Path(__file__).resolve().parent
 

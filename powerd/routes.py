@@ -30,6 +30,7 @@ from powerd.api import (
 )
 from powerd.model import Event
 from powerd.records import HostLoad, JobStepRow, LeaseRow
+from powerd.replicatypes import ReplicaGrant, ReplicaRequest, ReplicaView
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,9 @@ ROUTES: tuple[Route, ...] = (
           max_body_bytes=1 << 20),
     Route("POST", "/v1/perseus/plan", "perseus_plan", "Plan a pipeline's clocks: a job with its profile rows in, a plan out",
           max_body_bytes=8 << 20),
+    Route("GET", "/v1/replicas", "replicas", "Inference replicas the caller may see", response=ReplicaView, many=True),
+    Route("POST", "/v1/replicas", "replica_create", "Register one; heartbeat, attach and release are those of its lease",
+          request=ReplicaRequest, response=ReplicaGrant),
     Route("GET", "/v1/history", "history", "Stored samples", response=HistoryView,
           query={"gpu": "UUID, repeatable", "since": "Unix seconds or 15m/2h/7d ago", "until": "likewise", "points": "at most",
                  "columns": "comma separated"}),

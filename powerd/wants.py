@@ -36,7 +36,8 @@ def wants_of(lease: Lease, unreachable: Collection[str] = ()) -> list[Want]:
     ]
 
 
-def _text(name: str, value: str | None, required: bool = False) -> None:
+def check_text(name: str, value: str | None, required: bool = False) -> None:
+    """RequestError unless it is something that others can read."""
     if required and not (value or "").strip():
         raise RequestError(f"{name} is empty", hint="say in a few words what for: others will read it", code="bad_value")
     if value is not None and (len(value) > _MAX_TEXT or not value.isprintable()):
@@ -94,6 +95,12 @@ def check_request(
     request: LeaseRequest, capabilities: Mapping[str, Capabilities], lost: Collection[str], limits: LimitsConfig, max_ttl_s: float
 ) -> None:
     """Refuse a request that cannot be served as it stands; the error says what would be right."""
+    check_frame(request, capabilities, lost, max_ttl_s)
+    check_specs(request.wants, [capabilities[g] for g in request.gpus], limits)
+
+
+def check_frame(request: LeaseRequest, capabilities: Mapping[str, Capabilities], lost: Collection[str], max_ttl_s: float) -> None:
+    """The same for all of it but the wants."""
     if not request.gpus:
         raise RequestError("no GPUs", hint="give at least one UUID", code="bad_value")
     if len(set(request.gpus)) != len(request.gpus):
@@ -103,8 +110,8 @@ def check_request(
             raise RequestError(f"no GPU {gpu[:80]!r} on this node", hint=nearest(gpu, list(capabilities)), code="unknown_gpu")
         if gpu in lost:
             raise DeviceError(f"{gpu} cannot be reached now", hint="powerctl status shows its health", code="gpu_lost")
-    _text("reason", request.reason, required=True)
-    _text("job", request.job)
+    check_text("reason", request.reason, required=True)
+    check_text("job", request.job)
     if request.ttl_s is not None and not 0 < request.ttl_s <= max_ttl_s:
         raise RequestError(f"ttl_s {request.ttl_s:g} is outside 0..{max_ttl_s:g}", hint="renew by heartbeat", code="bad_value")
     if request.min_dwell_s is not None and not 0 <= request.min_dwell_s <= 3600:
@@ -116,7 +123,6 @@ def check_request(
             code="bad_value",
         )
     check_wait(request.wait_s)
-    check_specs(request.wants, [capabilities[g] for g in request.gpus], limits)
 
 
 def check_wait(wait_s: float) -> None:

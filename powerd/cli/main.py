@@ -12,7 +12,22 @@ from typing import Annotated
 
 import typer
 
-from powerd.cli import dashboard, doctor, dynamollm, history, influx, jobs, lease, node, perseus, report, run, status, sweep
+from powerd.cli import (
+    dashboard,
+    doctor,
+    dynamollm,
+    history,
+    influx,
+    jobs,
+    lease,
+    node,
+    perseus,
+    replicas,
+    report,
+    run,
+    status,
+    sweep,
+)
 from powerd.cli.context import Options, note
 from powerd.errors import EXIT_FAILURE, EXIT_USAGE, PowerdError
 
@@ -57,6 +72,7 @@ def build() -> typer.Typer:
     app.command("history")(history.history)
     app.command("events")(history.events)
     app.command("jobs")(jobs.jobs)
+    app.command("replicas")(replicas.replicas)
     app.command("dashboard")(dashboard.dashboard)
     app.command("report")(report.report)
     app.command("sweep", context_settings=run.COMMAND_CONTEXT, no_args_is_help=True)(sweep.sweep)

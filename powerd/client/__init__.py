@@ -16,7 +16,8 @@ from powerd.client.beats import Beats
 from powerd.client.core import Client
 from powerd.client.joblog import JobLog
 from powerd.client.lease import Lease
+from powerd.client.replica import Replica
 from powerd.client.transport import default_socket
 from powerd.client.window import EnergyWindow
 
-__all__ = ["Beats", "Client", "EnergyWindow", "JobLog", "Lease", "Span", "default_socket"]
+__all__ = ["Beats", "Client", "EnergyWindow", "JobLog", "Lease", "Replica", "Span", "default_socket"]

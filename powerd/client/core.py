@@ -36,6 +36,7 @@ from powerd.client import stream as _stream
 from powerd.client.codec import encode, neutral
 from powerd.client.jobcalls import JobCalls
 from powerd.client.lease import Bounds, Lease, want_specs
+from powerd.client.replica import ReplicaCalls
 from powerd.client.transport import Transport, default_socket
 from powerd.client.window import EnergyWindow
 from powerd.errors import PowerdError, RequestError, UnavailableError
@@ -48,7 +49,7 @@ log = logging.getLogger("powerd.client")
 _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Client(JobCalls):
+class Client(JobCalls, ReplicaCalls):
     """A connection to one node's powerd; safe to share between threads and to carry over a fork.
 
     ``socket`` is a Unix socket (default: ``$POWERD_SOCKET``, this user's daemon, the system's); ``url`` with ``token_file``

@@ -85,15 +85,20 @@ class Lease:
         strict = client.lease_create(request)
         if not strict.id and not request.dry_run:  # a logging client's neutral answer: it has warned already
             return cls.inert(client)
-        lease = cls(client, strict, held=not request.dry_run, keep_alive=keep_alive)
         if request.dry_run:
-            return lease
-        if not request.detached:
+            return cls(client, strict, held=False, keep_alive=keep_alive)
+        return cls.keep(client, strict, keep_alive=keep_alive)
+
+    @classmethod
+    def keep(cls, client: Client, granted: LeaseView, *, keep_alive: bool) -> Lease:
+        """Bind a lease that was just granted to this process, unless it is detached, and start its heart."""
+        lease = cls(client, granted, held=True, keep_alive=keep_alive)
+        if not granted.detached:
             try:
                 lease._socket = lease._attach()
             except Exception:
                 with contextlib.suppress(Exception):
-                    client.lease_release(strict.id, strict.token)
+                    client.lease_release(granted.id, granted.token)
                 raise
             client.killpoint("client.attached")
             _attached.add(lease)

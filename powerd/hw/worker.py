@@ -11,12 +11,12 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from powerd.clock import NS, Clock, from_environment
-from powerd.config import Config
+from powerd.config import Config, sections
 from powerd.errors import EXIT_OK, EXIT_TEMPFAIL, DeviceError
 from powerd.hw import bounds, frames, handover, nvml, passing
 from powerd.hw.actuator import Actuator
@@ -334,8 +334,7 @@ def greeting(config: Config, directory: Path, generation: int) -> dict[str, obje
 
 def config_of(hello: Any) -> Config:
     """The configuration in a greeting."""
-    sections = {f.name: type(getattr(Config(), f.name))(**hello["config"][f.name]) for f in fields(Config)}
-    return Config(**sections)
+    return Config(**{name: type(getattr(Config(), name))(**hello["config"][name]) for name in sections()})  # no replicas
 
 
 def _greeted(link: socket.socket, clock: Clock) -> tuple[Config, Path, int]:

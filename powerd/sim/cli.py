@@ -58,13 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     show = verbs.add_parser("show", help="the truth of the simulated node")
     show.add_argument("--json", action="store_true")
     show.add_argument("--state", help=f"state file (default: ${nodes.STATE_VARIABLE})")
+    verbs.add_parser("engine", help="a simulated inference engine on this node's GPUs", add_help=False)
     verbs.add_parser("build", help="compile the simulated driver and print its path")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `powerd sim ARGV` and return its exit code."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["engine"]:
+        return _engine(words[1:])
+    args = build_parser().parse_args(words)
     try:
         if args.verb == "run":
             return _run(args)
@@ -80,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (nodes.SimError, BuildError, ValueError, FileNotFoundError) as error:
         print(f"powerd sim: {error}", file=sys.stderr)
         return 2
+
+
+def _engine(words: list[str]) -> int:
+    try:
+        from powerd.sim.engine import __main__ as engine
+    except ImportError as error:
+        print(f"powerd sim: the engine needs {error.name}: pip install 'powerd[daemon,sim]'", file=sys.stderr)
+        return 2
+    return engine.main(words)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -218,6 +218,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "powerd_sim_work_open": (_i, [_p, _i, c.c_char_p, _u64]),
     "powerd_sim_work_close": (None, [_p, _i, _i]),
     "powerd_sim_work_submit": (_i, [_p, _i, _i, _u32, c.POINTER(Item), _u32, _d, _u32, _u64, c.POINTER(_u64)]),
+    "powerd_sim_work_declare": (_i, [_p, _i, _i, _u32, _d, _u64]),
     "powerd_sim_work_wait": (_i, [_p, _i, _i, _i, c.POINTER(_u64), c.POINTER(_d)]),
 }
 

@@ -47,6 +47,7 @@ class Context:
         self.node = attach() if node is None else node
         self.gpu = gpu
         self._library = self.node.library
+        self._numbers: dict[str, int] = {}
         title = name or os.path.basename(sys.argv[0] or "python")
         self._row = int(self._library.powerd_sim_work_open(self.node.pointer, gpu, title.encode()[:63], memory_bytes))
         if self._row < 0:
@@ -83,8 +84,20 @@ class Context:
         """Wait for communication from now on, at blocking power, until the next work or `rest`; returns at once."""
         self._begin(BLOCKED, [], 0.0, 0, MAX_SECONDS)
 
+    def declare(self, power_w: float, kernel: str = "gemm") -> None:
+        """Draw `power_w` at the present clock from now on, until the next work or `rest`; returns at once; raises GpuLostError.
+
+        For work whose power is known from elsewhere, as of an inference engine: when the clock changes, power follows the
+        kernel's shape until it is declared anew. The GPU cannot draw less than an idle one with a context.
+        """
+        number = self._numbers.get(kernel)
+        if number is None:
+            number = self._numbers[kernel] = self.kernel(kernel)
+        at = (self.node.pointer, self.gpu, self._row)
+        self._check(self._library.powerd_sim_work_declare(*at, number, power_w, round(MAX_SECONDS * 1e9)))
+
     def rest(self) -> None:
-        """End a `block`: the context stays open and does nothing."""
+        """End a `block` or what was declared: the context stays open and does nothing."""
         self._begin(RUN, [], 1.0, 0, 0.0)
 
     def _begin(self, state: int, items: Sequence[Item], activity: float, kernel: int, seconds: float) -> int:

@@ -49,6 +49,7 @@ class Metric:
 
 
 _GPU = ("uuid", "gpu")
+_POOL = ("pool", "tp")
 
 METRICS: tuple[Metric, ...] = (
     Metric("powerd_build_info", "gauge", "", ("version", "simulated"), "Always 1; version, and whether the driver is simulated"),
@@ -93,6 +94,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("powerd_training_step_seconds", "gauge", "seconds", ("job_name",), "Median time of a job's newest steps"),
     Metric("powerd_training_saving_ratio", "gauge", "ratio", ("job_name",), "Energy saved against its own baseline steps"),
     Metric("powerd_job_gpu", "gauge", "", ("job", "uuid"), "Always 1; a GPU of a running job, to join with the GPU's energy"),
+    Metric("powerd_pool_replicas", "gauge", "", _POOL, "Inference replicas on this node, by pool and tensor parallelism"),
+    Metric("powerd_pool_requests_running", "gauge", "", _POOL, "Requests that they compute, of those whose metrics are fresh"),
+    Metric("powerd_pool_requests_waiting", "gauge", "", _POOL, "Requests that wait at them, likewise"),
+    Metric("powerd_pool_ttft_p99_seconds", "gauge", "seconds", _POOL, "Newest p99 to the first token: a bucket edge"),
+    Metric("powerd_pool_tbt_p99_seconds", "gauge", "seconds", _POOL, "Newest p99 between tokens: a bucket edge"),
+    Metric("powerd_pool_clock_hertz", "gauge", "hertz", _POOL, "Mean SM clock of their GPUs"),
+    Metric("powerd_pool_power_watts", "gauge", "watts", _POOL, "Power of their GPUs"),
+    Metric("powerd_pool_energy_joules", "counter", "joules", _POOL, "Energy of their GPUs while they were registered"),
+    Metric("powerd_replica_fresh", "gauge", "", ("pool", "replica"), "1 while its metrics are believed; 0: full clock"),
+    Metric("powerd_replica_within_slo", "gauge", "", ("pool", "replica"), "1 while its newest requests keep the SLO"),
     Metric("powerd_node_cpu_utilization_ratio", "gauge", "ratio", (), "Share of the host's CPU time in use over the last second"),
     Metric("powerd_node_load1", "gauge", "", (), "Processes that run or wait, the system's one-minute mean"),
     Metric("powerd_node_memory_used_bytes", "gauge", "bytes", (), "Memory of the host in use"),

@@ -22,6 +22,8 @@ FRAMEWORKS = {
     "megatron": "megatron-core",
     "deepspeed": "deepspeed",
 }
+#: Likewise of the fourth environment ("Ray and gRPC").
+SERVING = {"ray": "ray", "starlette": "starlette", "grpc": "grpcio", "google": "protobuf"}
 
 
 def declared() -> dict[str, Requirement]:
@@ -58,7 +60,7 @@ def test_every_dependency_is_documented_and_nothing_else_is() -> None:
 
 
 def test_every_dependency_is_pinned_at_a_version_it_allows() -> None:
-    pinned = {**pins("constraints-torch.txt"), **pins("constraints.txt")}
+    pinned = {**pins("constraints-torch.txt"), **pins("constraints-ray.txt"), **pins("constraints.txt")}
     wrong = [
         f"{name} {pinned.get(name)}"
         for name, requirement in declared().items()
@@ -81,8 +83,15 @@ def test_the_frameworks_are_documented_at_the_versions_that_are_pinned() -> None
     assert [name for name in frameworks if f"{name} {pinned[name]}" not in PAGE] == []
 
 
+def test_what_serves_is_documented_at_the_versions_that_are_pinned() -> None:
+    pinned = pins("constraints-ray.txt")
+    serving = documented("Ray and gRPC")
+    assert serving >= {"ray", "grpcio", "grpcio-tools", "protobuf"}
+    assert [name for name in serving if f"{name} {pinned[name]}" not in PAGE] == []
+
+
 def test_what_the_code_imports_is_declared() -> None:
-    providers = {**packages_distributions(), **{name: [package] for name, package in FRAMEWORKS.items()}}
+    providers = {**packages_distributions(), **{name: [package] for name, package in {**FRAMEWORKS, **SERVING}.items()}}
     undeclared = [
         f"{module}:{item.line} imports {item.module}"
         for module, items in tree.graph().items()

@@ -38,6 +38,8 @@ READS = {
     "jobs": ["jobs", "--json"],
     "jobs_table": ["jobs"],
     "jobs_page": ["jobs", "4711"],
+    "replicas": ["replicas", "--json"],
+    "replicas_table": ["replicas"],
     "status_table": ["status"],
     "explain_page": ["explain", "0"],
     "history_table": ["history"],

@@ -38,6 +38,7 @@ from powerd.model import (
     WantClass,
 )
 from powerd.records import GpuProcess, HostLoad, JobStepRow, LeaseRow
+from powerd.replicatypes import ReplicaView, SloSpec
 
 UUIDS = ("GPU-11111111-1111-4111-8111-111111111111", "GPU-22222222-2222-4222-8222-222222222222")
 
@@ -112,6 +113,17 @@ def job(**changes: Any) -> api.JobView:
         time_s=3.21, energy_j=4_960_000.0, energy_per_retained_step_j=4133.3, saving_fraction=0.142, plan="p-12", gpus=UUIDS,
         unmeasured_steps=2, checkpoints=3, checkpoint_time_s=41.0, checkpoint_energy_j=9000.0, exceptions=1,
         last_detail="NCCL timeout",
+    )  # fmt: skip
+    return replace(view, **changes)
+
+
+def replica(**changes: Any) -> ReplicaView:
+    view = ReplicaView(
+        id="r0123456789ab", name="chat-0", pool="chat", tp=2, gpus=UUIDS, state="fresh", clock_mhz=1110,
+        reason="least power that keeps TTFT and TBT", slo=SloSpec(0.5, 0.1), within_slo=True, running=12, waiting=1,
+        kv_used_ratio=0.42, requests_per_s=3.5, prompt_tokens_per_s=3600.0, output_tokens_per_s=450.0, ttft_p50_s=0.1,
+        ttft_p99_s=0.25, tbt_p50_s=0.025, tbt_p99_s=0.05, preemptions=0, age_s=0.4, power_w=512.0, energy_j=7680.0,
+        energy_window_s=15.0, window_s=15.0, engine="vllm", profile="llama2-70b_a100", user="serve",
     )  # fmt: skip
     return replace(view, **changes)
 
@@ -288,6 +300,13 @@ class FakeDaemon:
             case ["windows", name, "end"]:
                 figure = api.EnergyFigure(UUIDS[0], 1234.5, 1230.0, 1239.0, 308.6, "counter", (1,))
                 return api.WindowView(name, "step", None, 1_000_000_000, 5_000_000_000, 4.0, (figure,))
+            case ["replicas"]:
+                gone = replica(
+                    id="rba9876543210", name="code-0", pool="code", tp=1, gpus=UUIDS[:1], state="stale", clock_mhz=None,
+                    reason="metrics are 5 s old: no answer in time", within_slo=None, running=None, waiting=None,
+                    ttft_p99_s=None, tbt_p99_s=None, power_w=None, energy_j=None, note="no answer in time",
+                )  # fmt: skip
+                return (replica(), gone)
             case ["jobs"]:
                 return (job(), job(job="idle", state="silent", plan=None, saving_fraction=None, lost_steps=0))
             case ["jobs", name]:

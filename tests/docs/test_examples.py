@@ -161,7 +161,7 @@ def test_a_command_that_a_page_names_exists(page: str, line: str, verbs: dict[st
     words = line.split()
     program = words[0].rsplit("/", 1)[-1]
     if program.startswith("python"):
-        paths = [ROOT / place / words[2].replace(".", "/") for place in ("", "policies")]
+        paths = [ROOT / place / words[2].replace(".", "/") for place in ("", "policies", "integrations")]
         assert any(path.with_suffix(".py").exists() or (path / "__main__.py").exists() for path in paths), line
     elif program in verbs:
         assert re.sub(r"\W*$", "", words[1]) in verbs[program], line

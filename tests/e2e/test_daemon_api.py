@@ -45,6 +45,8 @@ def test_every_route_answers_and_only_the_listed_ones_exist(node: Rig) -> None:
         "lease_change": {"wants": [limit(350)]}, "window_begin": {"gpus": node.hw.uuids}, "quiesce": {"max_s": 0.01},
         "job_event": {"kind": "start"},
         "energy_spans": {"uuid": node.hw.uuids[0], "spans": [{"label": "x", "begin_ns": 1, "end_ns": 2}], "wait": False},
+        "replica_create": {"name": "r", "pool": "p", "gpus": node.hw.uuids[:1], "metrics_url": "http://127.0.0.1:9/metrics",
+                           "slo": {"ttft_s": 1, "tbt_s": 0.1}, "detached": True},
     }  # fmt: skip
     ids = {"window_end": window["id"]}
     order = sorted(

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerd.config import Config, keys, parse
+from powerd.config import Config, keys, parse, sections
 from powerd.errors import ConfigError
 from powerd.hwchild import toml
 
-_FIELDS = {(s.name, f.name): f for s in fields(Config) for f in fields(type(getattr(Config(), s.name)))}
+_FIELDS = {(name, f.name): f for name in sections() for f in fields(type(getattr(Config(), name)))}
 
 
 @st.composite

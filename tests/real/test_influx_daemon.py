@@ -79,6 +79,20 @@ def test_leases_and_events_and_jobs_arrive(live: LiveNode, influxd: Influxd) -> 
     assert series["values"][0][1:] == [3, 250.5, 1.0]
 
 
+def test_pools_of_replicas_arrive(live: LiveNode, influxd: Influxd) -> None:
+    """Ten seconds of the node's time; its engine is not there, so that only what the GPUs tell is known."""
+    asked = {"name": "a", "pool": "chat", "gpus": live.uuids[:1], "metrics_url": "http://127.0.0.1:9/metrics", "tp": 4,
+             "slo": {"ttft_s": 1.0, "tbt_s": 0.1}, "detached": True}  # fmt: skip
+    told = live.http("POST", "/v1/replicas", asked)
+    assert told.code == 200, told.out
+    asked_for = "select replicas, tensor_parallel, energy_joules from inference where energy_joules > 0"
+    (series,) = wait_for_series(influxd, asked_for)
+    live.http("DELETE", f"/v1/leases/{told.json()['lease']['id']}")
+    row = dict(zip(series["columns"], series["values"][-1], strict=True))
+    assert (row["replicas"], row["tensor_parallel"]) == (1, 4)
+    assert influxd.query("select ttft_p99_seconds from inference", BUCKET) == [], "unknown is absent, never 0"
+
+
 def wait_for_series(influxd: Influxd, query: str) -> list[dict[str, list[list[object]]]]:
     """The answer to a query as soon as there is one."""
     found: list[dict[str, list[list[object]]]] = []

@@ -55,7 +55,7 @@ export async function poolsExist() {
 export async function refreshPools() {
   const replicas = await get("/v1/replicas");
   const rows = Array.isArray(replicas) ? replicas : (replicas.replicas ?? []);
-  $("pools").hidden = $("pools-link").hidden = false;
+  $("pools").hidden = $("pools-link").hidden = !rows.length;
   const plain = (value) => value === null || typeof value !== "object";
   const names = [...new Set(rows.flatMap((row) => Object.keys(row).filter((name) => plain(row[name]))))];
   const table = $("pool-table");

@@ -77,6 +77,13 @@ static double context_power(const struct sim_model *model, double clock_mhz, dou
     return model->idle_w + (top_w - model->idle_w) * (0.3 + 0.7 * x * v * v);
 }
 
+/* The share of a kernel at which a GPU draws so many watts at a clock; above 1 when it draws more than the kernel would. */
+double sim_share_of(const struct sim_node *node, const struct sim_kernel *kernel, double clock_mhz, double power_w) {
+    double idle = context_power(&node->config.model, clock_mhz, node->config.model.context_idle_w);
+    double full = sim_table(kernel, kernel->power_w, clock_mhz);
+    return power_w > idle && full > idle ? (power_w - idle) / (full - idle) : 0.0;
+}
+
 struct moment {
     double power_w, busy, memory_busy;
     int running, loads, blocked, contexts;
@@ -106,6 +113,7 @@ static struct moment look(const struct sim_node *node, const struct sim_gpu *gpu
         double full = sim_table(kernel, kernel->power_w, clock_mhz);
         full -= kernel->memory_share * (1.0 - m.slow) * 0.3 * full;
         power += (idle + activity * (full - idle)) / sharing;
+        if (activity > 1.0) activity = 1.0; /* of declared power, which may be above the kernel's */
         m.busy += activity / sharing;
         m.memory_busy += activity * kernel->memory_share / sharing;
     }

@@ -51,6 +51,7 @@ void sim_futex_wake(uint32_t *word);
 
 /* physics.c */
 double sim_table(const struct sim_kernel *kernel, const double *column, double clock_mhz);
+double sim_share_of(const struct sim_node *node, const struct sim_kernel *kernel, double clock_mhz, double power_w);
 void sim_advance_gpu(const struct sim_node *node, struct sim_gpu *gpu, uint64_t to_ns);
 void sim_refresh(struct sim *sim, struct sim_gpu *gpu);
 uint32_t sim_enforced_mw(const struct sim_gpu *gpu);

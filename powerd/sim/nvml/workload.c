@@ -106,6 +106,18 @@ SIM_API int powerd_sim_work_submit(struct sim *sim, int index, int row, uint32_t
     return 0;
 }
 
+/* Keeps the GPU busy so that it draws `power_w` at the clock of this moment; with the clock it follows the kernel's shape. */
+SIM_API int powerd_sim_work_declare(struct sim *sim, int index, int row, uint32_t kernel, double power_w, uint64_t duration_ns) {
+    struct sim_gpu *gpu = &sim->node->gpus[index];
+    if (kernel >= sim->node->config.kernels || !(power_w >= 0)) return NV_INVALID_ARGUMENT;
+    sim_lock(&gpu->mutex);
+    sim_advance_gpu(sim->node, gpu, sim_now(sim->node));
+    double share = sim_share_of(sim->node, &sim->node->kernels[kernel], gpu->clock_mhz, power_w);
+    sim_unlock(&gpu->mutex);
+    uint64_t begin_ns;
+    return powerd_sim_work_submit(sim, index, row, WORK_LOAD, NULL, 0, share, kernel, duration_ns, &begin_ns);
+}
+
 static __thread struct sim_gpu *ahead;
 
 static uint64_t predict_end(struct sim_node *node, struct sim_gpu *gpu, int row) {

@@ -1,0 +1,176 @@
+"""The live planner: what it shows a controller, what it publishes, and what it does when nothing can be trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from powerd_integrations.fleet.published import Group, PlanFile, from_json, to_json
+from powerd_policies.dynamollm.fleet import ClassLoad
+from tests.fleet.scripted import LL8, Clock, Scripted, planner, replica, report
+
+
+def test_a_controller_sees_windows_that_tile_time() -> None:
+    clock, controller = Clock(), Scripted()
+    live = planner(controller, clock)
+    live.add_arrivals(report(1))
+    for second in range(1, 16):
+        clock.s += 1.0
+        live.add_arrivals(report(second + 1, requests=2))
+        live.tick()
+    windows = [(state.now_s, state.window_s, state.arrivals["ML"].requests) for state in controller.seen]
+    assert windows == [(101.0, 1.0, 2), (106.0, 5.0, 10), (111.0, 5.0, 10)]
+    assert controller.seen[1].arrivals["ML"] == ClassLoad(10, 5000, 4000)
+    assert controller.seen[1].arrivals["SS"] == ClassLoad()
+
+
+def test_a_report_that_comes_twice_counts_once() -> None:
+    live = planner(Scripted(), Clock())
+    assert live.add_arrivals(report(7, requests=3))
+    assert not live.add_arrivals(report(7, requests=3))
+    assert live.add_arrivals(report(1, requests=1, router="r2"))
+    assert live.figures().requests == {"ML": 4}
+
+
+def test_before_any_router_reports_the_controllers_first_plan_is_published() -> None:
+    clock = Clock()
+    live = planner(Scripted(ll8=2), clock)
+    plan = live.tick()
+    assert plan.replicas("LL", 8) == 2
+    assert plan.held == "no router has reported yet"
+
+
+def test_when_no_router_reports_any_more_the_last_plan_is_held() -> None:
+    clock, controller = Clock(), Scripted(ll8=3)
+    live = planner(controller, clock)
+    live.add_arrivals(report(1, requests=5))
+    live.tick()
+    controller.counts = {LL8: 1}
+    asked = len(controller.seen)
+    clock.s += 11.0
+    plan = live.tick()
+    assert (plan.replicas("LL", 8), len(controller.seen)) == (3, asked)
+    assert "load is not known" in plan.held
+    assert plan.decided_unix_s == 1e9 + 100.0
+    assert plan.published_unix_s == 1e9 + 111.0
+    live.add_arrivals(report(2, requests=1))
+    clock.s += 1.0
+    plan = live.tick()
+    assert (plan.held, plan.replicas("LL", 8)) == ("", 1)
+    assert controller.seen[-1].window_s == pytest.approx(1.0), "what was not seen is not counted as no load"
+
+
+def test_stale_metrics_of_a_replica_freeze_scaling_down_until_it_is_gone() -> None:
+    clock, controller = Clock(), Scripted(ll8=2)
+    live = planner(controller, clock)
+    live.add_arrivals(report(1))
+    live.add_instances([replica("i1"), replica("i2")])
+    live.tick()
+    for second in range(2, 14):
+        clock.s += 1.0
+        controller.counts = {LL8: 1 if clock.s > 111.0 else 2}
+        live.add_arrivals(report(second))
+        live.add_instances([replica("i1")])
+        plan = live.tick()
+    assert plan.replicas("LL", 8) == 2
+    assert "stale" in plan.held
+    for second in range(14, 20):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        live.add_instances([replica("i1")])
+        live.tick()
+    assert live.plan().replicas("LL", 8) == 1, "i2 is gone, what is left is known"
+
+
+def test_a_replica_that_reports_old_metrics_serves_and_is_never_gone() -> None:
+    clock, controller = Clock(), Scripted(ll8=1)
+    live = planner(controller, clock)
+    for second in range(1, 60):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        live.add_instances([replica("i1", age_s=float(second))])
+        plan = live.tick()
+    assert [one.id for one in plan.serving] == ["i1"]
+    assert plan.routes["ML"] == (LL8,)
+    assert "stale" in plan.held
+    assert controller.seen[-1].instances[0].load.age_s > 50
+
+
+def test_an_old_report_is_stale_when_it_comes() -> None:
+    clock, controller = Clock(), Scripted(ll8=1)
+    live = planner(controller, clock)
+    live.add_arrivals(report(1))
+    live.add_instances([replica("i1", age_s=12.0)])
+    assert "stale" in live.tick().held
+
+
+def test_a_controller_that_fails_leaves_the_last_plan_and_is_asked_again() -> None:
+    clock, controller = Clock(), Scripted(ll8=2)
+    live = planner(controller, clock)
+    live.add_arrivals(report(1))
+    live.tick()
+    controller.error = ZeroDivisionError("no profile")
+    for second in range(2, 14):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        plan = live.tick()
+    assert plan.replicas("LL", 8) == 2
+    assert live.figures().failures == 2
+    assert {event.kind for event in live.events()} == {"error"}
+    assert "ZeroDivisionError: no profile" in live.events()[0].detail
+
+
+def test_the_version_rises_when_something_changes_and_only_then() -> None:
+    clock, controller = Clock(), Scripted()
+    live = planner(controller, clock)
+    live.add_arrivals(report(1))
+    versions = []
+    for second in range(2, 12):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        versions.append(live.tick().version)
+    assert versions == [1] * 10
+    controller.counts = {LL8: 2}
+    clock.s += 5.0
+    assert live.tick().version == 2
+
+
+def test_the_file_is_the_plan_and_a_reader_survives_everything(tmp_path: Path) -> None:
+    clock = Clock()
+    path = tmp_path / "plan.json"
+    reader = PlanFile(path)
+    assert reader.plan() is None
+    live = planner(Scripted(ll8=2), clock, plan_file=path)
+    live.add_arrivals(report(1))
+    live.add_instances([replica("i1")])
+    plan = live.tick()
+    assert reader.plan() == plan == from_json(json.loads(json.dumps(to_json(plan))))
+    for garbage in ("", "{", '{"schema": 2}', "[]", '{"schema": 1, "version": "x"}'):
+        path.write_text(garbage)
+        assert reader.plan() == plan
+        assert reader.error
+    path.unlink()
+    assert reader.plan() == plan
+    assert plan.age_s(1e9 + 130.0) == 30.0, "and says how old it is"
+    live.tick()
+    assert reader.plan() == live.plan()
+    assert reader.error == ""
+
+
+def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    live = planner(Scripted(ll8=2), Clock(), plan_file=tmp_path / "gone" / "plan.json")
+    assert live.tick().replicas("LL", 8) == 2
+
+
+def test_bounds_of_a_group_hold_and_what_is_no_group_is_said_once() -> None:
+    clock, controller = Clock(), Scripted(ll8=20)
+    live = planner(controller, clock)
+    controller.counts[Group("SS", 2)] = 3
+    for second in range(1, 13):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        plan = live.tick()
+    assert plan.desired == {LL8: 12}
+    assert [event.detail for event in live.events()] == ["SS-tp2: wanted, but no group of this fleet"]

@@ -1,0 +1,116 @@
+"""A fleet's file: what is wrong with it is said, with the nearest right name; and every shipped policy can be named in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from powerd.errors import RequestError
+from powerd_integrations.fleet import settings as configured
+from powerd_integrations.fleet.__main__ import main
+from powerd_integrations.fleet.policy import build
+from powerd_policies.dynamollm.classes import NAMES, Slo
+from powerd_policies.dynamollm.fleet import FleetState
+from powerd_policies.dynamollm.knobs import POLICIES
+
+MODEL = Path(__file__).resolve().parents[2] / "policies" / "profiles" / "llm" / "llama2-70b_h100.engine.csv"
+GOOD = f"""\
+[planner]
+gpus = 96
+engine_model = "{MODEL}"
+policy = "POLICY"
+
+[[groups]]
+pool = "LL"
+tp = 8
+max_replicas = 12
+
+[classes.ttft_s]
+SS = 0.5
+"""
+
+
+ALL_POOLS = "".join(f'[[groups]]\npool = "{name}"\ntp = 8\nmax_replicas = 12\n' for name in NAMES if name != "LL")
+
+
+@pytest.mark.parametrize("policy", [*POLICIES])
+def test_every_policy_decides_a_fleet(policy: str) -> None:
+    settings = configured.parse(GOOD.replace("POLICY", policy) + ALL_POOLS)
+    plan = build(settings).decide(FleetState(0.0, 0.0, (), {}, 96))
+    assert plan.instances
+    assert set(plan.routes) == {"SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL"}
+
+
+def test_options_of_a_policy_and_a_fixed_fleet() -> None:
+    controller = build(configured.parse(GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = 60\n"))
+    assert controller.knobs.pool_s == 60  # type: ignore[attr-defined]
+    assert controller.knobs.partitions == ("one",)  # type: ignore[attr-defined]
+    fixed = build(configured.parse(GOOD.replace("POLICY", "static") + "[policy]\ntp = 8\ncount = 3\nclock_mhz = 1980\n"))
+    wants = fixed.decide(FleetState(0.0, 0.0, (), {}, 96)).instances
+    assert [(want.tp, want.clock_mhz) for want in wants] == [(8, 1980)] * 3
+
+
+def test_slos_are_those_of_the_class_or_the_strictest() -> None:
+    settings = configured.parse(GOOD)
+    assert settings.slo_of(settings.groups[0]) == Slo(2.0, 0.1)
+    other = configured.parse(GOOD.replace('pool = "LL"', 'pool = "everything"\ntbt_s = 0.2'))
+    assert other.slo_of(other.groups[0]) == Slo(0.25, 0.2), "the TTFT of SM, and its own TBT"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("gpus = 96", "gpu = 96", "[planner]: unknown 'gpu'; the nearest is 'gpus'"),
+        ("gpus = 96", "", "[planner]: gpus is missing"),
+        ("gpus = 96", "gpus = 0", "[planner] gpus: from 1"),
+        ("gpus = 96", "gpus = true", "[planner] gpus: a whole number, not True"),
+        ("gpus = 96", "gpus = 96\nsettle_s = 0", "[planner] settle_s: above 0"),
+        ("gpus = 96", "gpus = 96\nwave_ratio = 2", "[planner] wave_ratio: above 0, at most 1"),
+        ("[[groups]]", "[[group]]", "unknown 'group'; the nearest is 'groups'"),
+        ("tp = 8", "tp = 0", "[[groups]] LL-tp0: tp from 1"),
+        ("tp = 8", "tp = '8'", "[[groups]] 1 tp: a whole number, not '8'"),
+        ("max_replicas = 12", "max_replicas = 2\nmin_replicas = 3", "min_replicas at most max_replicas"),
+        ("SS = 0.5", "XX = 0.5", "unknown 'XX'"),
+        ("SS = 0.5", "SS = 0", "SS: seconds above 0"),
+        ("SS = 0.5", "SS = '1'", "ttft_s: a number, not '1'"),
+        ("[classes.ttft_s]", "[classes]\nprompt_bounds = [256, 128, 8193]\n[classes.ttft_s]", "prompt_bounds: 3 rising numbers"),
+        ("[classes.ttft_s]", "[engine]\ncommand = ['x']\nurl = 'http://y'\n[classes.ttft_s]", "not both"),
+        ("[planner]", "[planner", "line 1"),
+    ],
+)
+def test_what_is_wrong_is_said(right: str, wrong: str, said: str) -> None:
+    with pytest.raises(RequestError) as error:
+        configured.parse(GOOD.replace(right, wrong), "fleet.toml")
+    assert said in str(error.value)
+    assert str(error.value).startswith("fleet.toml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (GOOD.replace("POLICY", "dynamo"), "there is no policy 'dynamo'; there are singlepool"),
+        (GOOD.replace("POLICY", "dynamollm") + "[policy]\nspeed = 1\n", "speed"),
+        (GOOD.replace("POLICY", "static") + "[policy]\ntp = 3\ncount = 1\nclock_mhz = 1980\n", "holds no TP3"),
+        (GOOD.replace("POLICY", "multipool"), "no partition has all its pools among the [[groups]]: nine needs SS, SM, SL"),
+        (GOOD.replace("POLICY", "dynamollm") + "[policy]\npartitions = ['two']\n", "there is no partition 'two'"),
+        (GOOD.replace("POLICY", "dynamollm").replace("tp = 8", "tp = 4"), "dynamollm needs tensor parallelism 8"),
+        (GOOD.replace("POLICY", "dynamollm").replace("tp = 8", "tp = 16"), "tp 16: the figures of llama2-70b_h100 hold TP2"),
+        (GOOD.replace("POLICY", "dynamollm").replace(str(MODEL), "/none.csv"), "cannot read the engine model /none.csv"),
+        (GOOD.replace("POLICY", "dynamollm").replace("gpus", "listen = 'x'\ngpus"), "listen: an address as 127.0.0.1:9480"),
+    ],
+)
+def test_a_policy_that_cannot_be_ends_the_planner_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str, said: str
+) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text(changed)
+    assert main([str(file)]) == 78
+    assert said in capsys.readouterr().err
+
+
+def test_a_good_file_is_said_to_be_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text(GOOD.replace("POLICY", "dynamollm"))
+    assert main([str(file), "--check"]) == 0
+    assert capsys.readouterr().out == f"{file}: dynamollm every 5 s over LL-tp8\n"

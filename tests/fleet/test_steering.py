@@ -1,0 +1,210 @@
+"""The router's core: classes, where requests go, and seeing them through replicas that die. Scripted replicas, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+from powerd_integrations.fleet import settings as configured
+from powerd_integrations.fleet.published import Group, PublishedPlan, Serving
+from powerd_integrations.fleet.sizes import OutputSizes, prompt_tokens
+from powerd_integrations.fleet.steering import BrokenOffError, NobodyServesError, Steering
+from powerd_policies.dynamollm import models
+from powerd_policies.dynamollm.classes import NAMES, Classes
+from powerd_policies.dynamollm.router import PromptTooLongError
+from tests.fleet.test_settings import GOOD, MODEL
+
+A, B = Group("SS", 2), Group("LL", 8)
+PATH = "/v1/completions"
+
+
+class Source:
+    """A plan that a test sets."""
+
+    def __init__(self, plan: PublishedPlan | None) -> None:
+        self.now = plan
+
+    def plan(self) -> PublishedPlan | None:
+        return self.now
+
+
+class Counter:
+    """What would be reported."""
+
+    def __init__(self) -> None:
+        self.counted: list[tuple[str, int, int]] = []
+
+    def count(self, request_class: str, prompt: int, output: int) -> None:
+        self.counted.append((request_class, prompt, output))
+
+
+class Replicas:
+    """Engines that answer ``word`` per token; the group of ``dies`` breaks off after so many, once each."""
+
+    def __init__(self, **dies: int) -> None:
+        self.dies = {Group(name[:2], int(name[2:])): after for name, after in dies.items()}
+        self.asked: list[tuple[Group, dict[str, Any]]] = []
+
+    async def send(self, group: Group, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+        self.asked.append((group, body))
+        after = self.dies.pop(group, None)
+        if after == 0:
+            raise OSError("connection refused")
+        yield b"200"
+        if not body.get("stream"):
+            if after is not None:
+                raise OSError("reset by peer")
+            yield json.dumps({"choices": [{"text": "word " * body["max_tokens"]}]}).encode()
+            return
+        whole = b""
+        for number in range(body["max_tokens"]):
+            if number == after:
+                yield whole[: len(whole) // 2]  # a broken event
+                raise OSError("reset by peer")
+            whole += b"data: " + json.dumps({"choices": [{"text": "word "}]}).encode() + b"\n\n"
+            if number % 3 == 2:  # chunks end where they like
+                yield whole[:-5]
+                whole = whole[-5:]
+        yield whole + b"data: [DONE]\n\n"
+
+
+def plan(*groups: Group) -> PublishedPlan:
+    serving = tuple(Serving(f"{group}-{n}", group) for group in groups for n in range(2))
+    return PublishedPlan(1, 0.0, time.time(), routes={name: (A, B) if name == "SS" else (B,) for name in NAMES}, serving=serving)
+
+
+def steering(replicas: Replicas, source: Source, counter: Counter | None = None, **service: Any) -> Steering:
+    text = GOOD + "[service]\n" + "".join(f"{key} = {value}\n" for key, value in service.items())
+    settings = configured.parse(text)
+    return Steering(settings, models.load(MODEL), source, counter or Counter(), replicas.send)  # type: ignore[arg-type]
+
+
+async def all_of(steer: Steering, body: dict[str, Any], **headers: str) -> bytes:
+    parts = [part async for part in steer.answer(steer.admit(PATH, body, headers))]
+    assert parts[0] == b"200"
+    assert [part for part in parts[1:] if part.isdigit()] == []
+    return b"".join(parts[1:])
+
+
+def ask(tokens: int = 20, characters: int = 400, **more: Any) -> dict[str, Any]:
+    return {"prompt": "x" * characters, "max_tokens": tokens, "stream": True, **more}
+
+
+def test_requests_go_where_the_plan_routes_their_class() -> None:
+    replicas, counter = Replicas(), Counter()
+    steer = steering(replicas, Source(plan(A, B)), counter)
+    asyncio.run(all_of(steer, ask()))
+    asyncio.run(all_of(steer, ask(characters=8000)))
+    assert [group for group, _ in replicas.asked] == [A, B]
+    assert counter.counted == [("SS", 100, 20), ("LS", 2000, 20)]
+
+
+def test_a_pool_with_nobody_left_is_passed_over() -> None:
+    replicas = Replicas()
+    asyncio.run(all_of(steering(replicas, Source(plan(B))), ask()))
+    assert replicas.asked[0][0] == B
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 19])
+def test_a_replica_that_dies_costs_no_token_and_repeats_none(after: int) -> None:
+    replicas = Replicas(SS2=after)
+    steer = steering(replicas, Source(plan(A)))
+    answer = asyncio.run(all_of(steer, ask(tokens=20)))
+    assert answer.count(b"word ") == 20
+    assert answer.endswith(b"data: [DONE]\n\n")
+    (_, first), (_, second) = replicas.asked
+    sent = 20 - second["max_tokens"]
+    assert second["prompt"] == first["prompt"] + "word " * sent
+    assert steer.retries == 1
+
+
+def test_an_answer_at_once_is_asked_for_again() -> None:
+    replicas = Replicas(SS2=3)
+    answer = asyncio.run(all_of(steering(replicas, Source(plan(A))), ask(stream=False)))
+    assert answer.count(b"word ") == 20
+    assert len(replicas.asked) == 2
+
+
+def test_a_chat_that_was_begun_cannot_go_on_elsewhere_and_fails_aloud() -> None:
+    replicas = Replicas(SS2=9)
+    body = {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 20, "stream": True}
+    with pytest.raises(BrokenOffError):
+        asyncio.run(all_of(steering(replicas, Source(plan(A))), body))
+
+
+def test_attempts_end() -> None:
+    class Dead(Replicas):
+        async def send(self, group: Group, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+            self.asked.append((group, body))
+            raise OSError("no route")
+            yield b""
+
+    replicas = Dead()
+    with pytest.raises(BrokenOffError, match="no route"):
+        asyncio.run(all_of(steering(replicas, Source(plan(A)), attempts=3), ask()))
+    assert len(replicas.asked) == 3
+
+
+def test_a_request_waits_for_somebody_to_serve_and_not_for_ever() -> None:
+    source, replicas = Source(None), Replicas()
+    steer = steering(replicas, source, queue_timeout_s=0.2)
+    with pytest.raises(NobodyServesError, match="class SS"):
+        asyncio.run(all_of(steer, ask()))
+
+    async def late() -> bytes:
+        answer = asyncio.create_task(all_of(steering(replicas, source, queue_timeout_s=30), ask()))
+        await asyncio.sleep(0)
+        source.now = plan(A)
+        return await answer
+
+    assert asyncio.run(late()).count(b"word ") == 20
+
+
+def test_a_prompt_beyond_the_context_limit_is_refused() -> None:
+    with pytest.raises(PromptTooLongError, match="a prompt of 10000 tokens; the longest is 8192"):
+        steering(Replicas(), Source(plan(A))).admit(PATH, ask(characters=40000), {})
+
+
+def test_what_was_counted_at_an_instance_is_given_back_whatever_happens() -> None:
+    replicas = Replicas(SS2=5)
+    steer = steering(replicas, Source(plan(A)))
+    asyncio.run(all_of(steer, ask()))
+
+    async def hang_up() -> None:
+        answer = steer.answer(steer.admit(PATH, ask(), {}))
+        await anext(answer)
+        await anext(answer)
+        await answer.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(hang_up())
+    assert set(steer.router.outstanding().values()) == {(0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "tokens"),
+    [
+        ({"prompt": "x" * 100}, {}, 25),
+        ({"prompt": [1, 2, 3]}, {}, 3),
+        ({"prompt": ["ab" * 50]}, {}, 25),
+        ({"prompt": "x"}, {"x-prompt-tokens": "77"}, 77),
+        ({"messages": [{"content": "x" * 40}, {"content": [{"type": "text", "text": "y" * 60}]}]}, {}, 25),
+        ({"messages": "?"}, {}, 1),
+        ({}, {"x-prompt-tokens": "-3"}, 1),
+    ],
+)
+def test_the_length_of_a_prompt(body: dict[str, Any], headers: dict[str, str], tokens: int) -> None:
+    assert prompt_tokens(body, headers, 0.25) == tokens
+
+
+def test_answers_are_predicted_from_what_was_seen_and_capped_by_what_is_asked_for() -> None:
+    sizes = OutputSizes(Classes())
+    assert sizes.predict(0, 50) == 50
+    for answer in (200, 300):
+        sizes.learn(100, answer)
+    assert (sizes.predict(0, None), sizes.predict(0, 1000), sizes.predict(0, 60)) == (250, 250, 60)
+    assert sizes.predict(1, 400) == 400, "another size of prompt"

@@ -1,0 +1,132 @@
+"""A metrics page as an engine serves it, made from a few numbers, and a server of it that a test may break in every way.
+
+The names and buckets are those of vLLM 0.32 and 0.33 (a live 0.32 and the sources of 0.33); a page has the comments and the
+unrelated metrics of a real one left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TTFT_EDGES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+              640.0, 2560.0)  # fmt: skip
+GAP_EDGES = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+
+
+@dataclass
+class Engine:
+    """One engine's counters; ``page`` is what it serves."""
+
+    running: float = 0
+    waiting: float = 0
+    kv: float = 0.1
+    prompt_tokens: float = 0
+    output_tokens: float = 0
+    preemptions: float = 0
+    ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    labels: str = 'engine="0",model_name="test"'
+    requests_per_s: float = 0  # from now on, by themselves: 300 prompt tokens, answered in 0.2 s, and 20 tokens 0.03 s apart
+    _due: float = 0
+    _at_s: float = field(default_factory=time.monotonic)
+
+    def page(self) -> str:
+        now_s = time.monotonic()
+        passed_s, self._at_s = now_s - self._at_s, now_s
+        self._due += self.requests_per_s * passed_s
+        while self._due >= 1:
+            self._due -= 1
+            self.prompt_tokens += 300
+            self.output_tokens += 20
+            self.ttft.append(0.2)
+            self.gaps += [0.03] * 20
+        lines = [
+            "# HELP vllm:num_requests_running Number of requests in model execution batches.",
+            "# TYPE vllm:num_requests_running gauge",
+            f"vllm:num_requests_running{{{self.labels}}} {self.running}",
+            f"vllm:num_requests_waiting{{{self.labels}}} {self.waiting}",
+            f"vllm:kv_cache_usage_perc{{{self.labels}}} {self.kv}",
+            f"vllm:prompt_tokens_total{{{self.labels}}} {self.prompt_tokens}",
+            f"vllm:generation_tokens_total{{{self.labels}}} {self.output_tokens}",
+            f"vllm:num_preemptions_total{{{self.labels}}} {self.preemptions}",
+        ]
+        for name, edges, seen in (
+            ("time_to_first_token_seconds", TTFT_EDGES, self.ttft), ("inter_token_latency_seconds", GAP_EDGES, self.gaps),
+        ):  # fmt: skip
+            for edge in (*edges, float("inf")):
+                le = "+Inf" if edge == float("inf") else repr(edge)
+                lines.append(f'vllm:{name}_bucket{{{self.labels},le="{le}"}} {float(sum(v <= edge for v in seen))}')
+            lines.append(f"vllm:{name}_count{{{self.labels}}} {float(len(seen))}")
+            lines.append(f"vllm:{name}_sum{{{self.labels}}} {sum(seen)}")
+        return "\n".join(lines) + "\n"
+
+
+class _UnixServer(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+
+
+class Endpoint:
+    """Serves ``content()`` at /metrics on loopback or a Unix socket; counts who asked."""
+
+    def __init__(self, engine: Engine, path: Path | None = None, port: int = 0) -> None:
+        self.engine = engine
+        self.text: str | bytes | None = None  # instead of the engine's page
+        self.status, self.headers = 200, {}  # type: ignore[var-annotated]
+        self.asked = self.connections = 0
+        self.release = threading.Event()
+        self.release.set()
+        endpoint = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                endpoint.connections += 1
+                super().setup()
+
+            def do_GET(self) -> None:
+                endpoint.asked += 1
+                endpoint.release.wait(30)
+                body: Any = endpoint.text if endpoint.text is not None else endpoint.engine.page()
+                body = body if isinstance(body, bytes) else body.encode()
+                self.send_response(endpoint.status)
+                for name, value in endpoint.headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):
+                    super().handle()
+
+            def address_string(self) -> str:
+                return "test"
+
+            def log_message(self, *_: object) -> None:
+                return None
+
+        self._server = _UnixServer(str(path), Handler) if path else http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.daemon_threads = True
+        self.port = 0 if path else int(self._server.server_address[1])
+        self.url = f"unix:{path}:/metrics" if path else f"http://127.0.0.1:{self.port}/metrics"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Nobody listens any more; open connections are cut with the next answer."""
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+        self.status, self.text, self.headers = 503, "", {"Connection": "close"}

@@ -20,8 +20,8 @@ from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.predictor import Rate
 
 KV_SAFE: Final = 0.85  # of the KV memory is planned with
-SPREAD: Final = 2.0  # standard deviations of the batch that are kept in hand
-UNEVEN: Final = 2.0  # requests by which one instance may be above the mean, since requests do not move
+SPREAD: Final = 2.0  # standard deviations of all batches together that are kept in hand
+UNEVEN: Final = 0.7  # and of each by itself: requests are shared out by their prompts, not by how many decode where
 
 
 Demand = Mapping[str, Rate]  # by class
@@ -152,7 +152,7 @@ class Capacity:
             power_w = n * tp * max(at.prefill_w, at.decoding_w(64))
             return Service(False, "throughput for all classes", 1.0, math.inf, math.inf, 1.0, power_w)
         batch = output * at.decode_fixed_s / spare
-        high = batch + SPREAD * math.sqrt(batch / n) + (UNEVEN if n > 1 else 0.0)
+        high = batch + (SPREAD / math.sqrt(n) + UNEVEN) * math.sqrt(batch)
         decode_s = at.decode_fixed_s + at.decode_request_s * high
         room = max(1.0, self.chunk_tokens - high)
         full_s = decode_s + at.prefill_token_s * room

@@ -22,6 +22,8 @@ CV2: Final = (
     1.5  # squared coefficient of variation of prompts: that of the published conversation trace is 1.1, of the coding one 0.9
 )
 MARGIN: Final = 0.95  # of the TTFT is planned for
+NEAR: Final = 0.97  # of the TBT: gaps seen above make the controller careful ...
+CAUTION: Final = 0.05  # ... by at most this share of it
 GROWTH: Final = 3.0  # standard deviations of what arrives in a period are expected on top of the batch
 TBT_MARGIN: Final = 0.97  # of the TBT, which depends less on chance
 
@@ -93,6 +95,7 @@ class InstanceController:
         self._clock_mhz = self.max_mhz
         self._lower_s: float | None = None  # since when something lower would do
         self._lower_mhz = 0
+        self._caution = 0.0
         self._park_mhz = self._parking_mhz()
 
     @property
@@ -161,12 +164,13 @@ class InstanceController:
         batch = load.running + load.queued + GROWTH * math.sqrt(rate * self.period_s)
         floor = self.floor_mhz
         mean = prompt / rate if rate > 0 else self.prompt_tokens
+        limit_s = (TBT_MARGIN - self._learn(load)) * slo.tbt_s
         best, best_w, lacks = None, math.inf, "TBT"
         for step in self._steps:
             decode_s = step.fixed_s + step.request_s * batch
             room = max(1.0, chunk - batch)
             full_s = decode_s + step.prefill_token_s * room
-            if full_s > TBT_MARGIN * slo.tbt_s:
+            if full_s > limit_s:
                 lacks = "TBT"
                 continue
             token_s = full_s / room
@@ -186,6 +190,13 @@ class InstanceController:
         if best is None:
             return self.max_mhz, f"no clock keeps {lacks}"
         return best.clock_mhz, "least power that keeps TTFT and TBT"
+
+    def _learn(self, load: InstanceLoad) -> float:
+        """Return the share of the TBT that is kept back: more when gaps were seen close to it, forgotten slowly."""
+        if load.tbt_p99_s is not None:
+            near = load.tbt_p99_s > NEAR * self.slo.tbt_s
+            self._caution = min(CAUTION, self._caution + 0.25 * CAUTION) if near else 0.99 * self._caution
+        return self._caution
 
     def _parking_mhz(self) -> int:
         """The lowest clock at which a lone request of ordinary length, arriving while parked, keeps its SLO."""

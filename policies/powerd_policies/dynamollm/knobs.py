@@ -30,6 +30,7 @@ class Knobs:
     pool_s: float = 300.0  # counts and parallelism
     period_s: float = 5.0  # clocks; and whether load has outgrown the plan
     share_late: float = 0.005  # of all requests may miss by plan
+    tbt_margin: float = 0.985  # of the TBT is planned with
     burst: float = 1.1  # times the predicted peak is what the fleet must hold at the highest clock
     clock_margin: float = 1.0  # times the recent load is what clocks are chosen for
     fast_s: float = 20.0  # the recent load, for clocks

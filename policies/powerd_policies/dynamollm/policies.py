@@ -45,7 +45,7 @@ def build(
         raise ValueError(f"{name} needs tensor parallelism {knobs.tp}; the profile of {model.name} holds {model.tps}")
     classes = classes if knobs.pace is None else knobs.pace.apply(classes)
     known = {**assumed(classes), **(lengths or {})}
-    capacity = Capacity(model, classes, known, chunk_tokens, knobs.share_late)
+    capacity = Capacity(model, classes, known, chunk_tokens, knobs.share_late, tbt_margin=knobs.tbt_margin)
     return Fleet(name, knobs, capacity, gpus, overheads or Overheads(), predictor or forecaster())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,3 +102,12 @@ def test_clocks_stay_where_they_are_when_they_are_not_scaled() -> None:
     assert settled(LIGHT, scaling=False) == TOP
     with pytest.raises(ValueError, match="no clock for tensor parallelism 3"):
         InstanceController(MODEL, 3, Slo(1.0, 0.1))
+
+
+def test_gaps_seen_close_to_the_promise_make_it_careful_and_it_forgets() -> None:
+    mine = controller(dwell_s=0.0)
+    load = InstanceLoad(running=45, requests_per_s=1.0, prompt_tokens_per_s=400.0, tbt_p99_s=0.05)
+    calm = [mine.clock(5.0 * n, load).clock_mhz for n in range(4)][-1]
+    close = replace(load, tbt_p99_s=0.0985)
+    assert [mine.clock(20.0 + 5.0 * n, close).clock_mhz for n in range(6)][-1] > calm
+    assert [mine.clock(60.0 + 5.0 * n, load).clock_mhz for n in range(400)][-1] == calm

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("hw", "the privileged unit: powerd hw serve|restore|hand-over"),
         ("restore", "bring every control that the journal names back to baseline"),
-        ("sim", "the simulated driver: powerd sim run|fault|show"),
+        ("sim", "the simulated driver: powerd sim run|engine|fault|show"),
     ):
         commands.add_parser(name, help=text, add_help=False)
     return parser

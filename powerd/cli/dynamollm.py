@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from powerd.cli import dynamollm_profile
 from powerd.cli.context import JsonFlag, note, write_text
 from powerd.cli.output import console, progress
 from powerd.errors import RequestError
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 
 DAYS_MOST = 28.0
+
+app.command("profile", no_args_is_help=True)(dynamollm_profile.profile)
 
 
 @app.command("replay", no_args_is_help=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from powerd.cli.choices import choice_line, choices_of, curve_table, front_of, points_of
 from powerd.cli.output import console
-from powerd.demo import perseus, result
+from powerd.demo import perseus, result, service
 from powerd.demo.children import Child, DemoError
 from powerd.demo.stage import START_S, Stage, stage
 from powerd.errors import PowerdError
@@ -33,6 +33,7 @@ PARTS = {
     "sweep": ("energy_time.svg", "energy_time.png", "energy_time.csv"),
     "train": ("timeline.svg", "timeline.png", "plan.json"),
     "kill": (),
+    "serve": ("service.svg", "service.png"),
 }
 SLOWDOWNS = (0.0, 0.05, 0.10)
 BEGIN_NS = 60_000_000_000  # simulated, from the making of the node to the first lease
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--training-time", default="stepped", metavar="MODE", help="stepped, or a factor such as x10 (see docs/demo.md)"
     )
+    parser.add_argument("--serving-seconds", type=float, default=600.0, metavar="S", help="of the conversation trace")
     args = parser.parse_args(argv)
     parts = args.parts.split(",")
     if not set(parts) <= set(PARTS) or ("kill" in parts and "sweep" not in parts):
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     began_s = time.monotonic()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        code = _show(args.out, args.gpus, args.seconds, args.step, parts, args.training_time)
+        code = _show(args.out, args.gpus, args.seconds, args.step, parts, args.training_time, args.serving_seconds)
     except KeyboardInterrupt:
         print("\ndemo: interrupted; everything that it started has ended", file=sys.stderr)
         return 130
@@ -77,7 +79,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _show(out: Path, gpus: int, seconds: float, step: int, parts: Sequence[str], training_time: str) -> int:
+def _show(
+    out: Path, gpus: int, seconds: float, step: int, parts: Sequence[str], training_time: str, serving_s: float
+) -> int:  # fmt: skip
     summary: dict[str, Any] = {"simulated": True}
     if "sweep" in parts:
         summary |= _sweep_and_choose(out, gpus, seconds, step)
@@ -87,6 +91,8 @@ def _show(out: Path, gpus: int, seconds: float, step: int, parts: Sequence[str],
         print("\nAnother simulated node, in real time (time x1): the holder of a lease dies.")
         with stage(gpus, "real") as here:
             summary |= _kill(here, gpus, summary["hold_mhz"])
+    if "serve" in parts:
+        summary["service"] = service.serve(out, serving_s)
     (out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return 0 if summary.get("restored", True) else 1
 

@@ -1,4 +1,4 @@
-"""A simulated node with powerd on it, as the demonstration needs it twice: once in stepped and once in real time.
+"""A simulated node with powerd on it, as every part of the demonstration needs one, in stepped or in real time.
 
 House rules: what is started here ends with the ``with`` block; a stepped node stands still until ``go``, so that everything
 begins at the same simulated moment on every machine.
@@ -58,6 +58,7 @@ def stage(
     latency: float | None = None,
     fit_on: str | None = "every-second",
     profiles: Mapping[str, Path] | None = None,
+    model: str = MODEL,
 ) -> Iterator[Stage]:
     """A node of so many GPUs in this kind of time (real, stepped, x20), with powerd in control of it.
 
@@ -72,7 +73,7 @@ def stage(
         if latency is None:
             latency = 0.0 if stepped else 1.0
         made_of = {"fit_on": fit_on, "latency": latency, "first_open_s": 1.5 * (not stepped), "profiles": profiles}
-        node = children.enter_context(create(MODEL, gpus, time_mode, **made_of))  # type: ignore[arg-type]
+        node = children.enter_context(create(model, gpus, time_mode, **made_of))  # type: ignore[arg-type]
         hold, made_ns = None, node.now_ns()
         if stepped:
             node.load()

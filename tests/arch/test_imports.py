@@ -55,11 +55,19 @@ DOORS = {
     "powerd_policies": ("powerd_policies", "powerd_integrations", "powerd.sim", "powerd.cli", "powerd.policytable"),
     "powerd_integrations": ("powerd_integrations",),
     # No product code reads the simulator's state.
-    "powerd.sim": ("powerd.sim", "powerd.cli", "powerd.main", "powerd.demo", "powerd_integrations.simulated_pipeline"),
+    "powerd.sim": (
+        "powerd.sim",
+        "powerd.cli",
+        "powerd.main",
+        "powerd.demo",
+        "powerd_integrations.simulated_pipeline",
+        "powerd_integrations.simulated_service",
+    ),
 }
 
 INTEGRATIONS_MAY_IMPORT = ("powerd_integrations", "powerd_policies", "powerd.client", *VOCABULARY)
-# One is plugged into the simulator as others are into a framework: it runs on its GPUs and in its time.
+# Two are plugged into the simulator as others are into a framework: they run on its GPUs and in its time.
+SIMULATED = ("powerd_integrations.simulated_pipeline", "powerd_integrations.simulated_service")
 SIMULATED_MAY_IMPORT = (*INTEGRATIONS_MAY_IMPORT, "powerd.sim", "powerd.clock")
 
 
@@ -111,7 +119,7 @@ def test_integrations_reach_powerd_through_its_client_and_frameworks_lazily() ->
     for module, items in tree.graph().items():
         if not tree.within(module, "powerd_integrations"):
             continue
-        simulated = tree.within(module, "powerd_integrations.simulated_pipeline")
+        simulated = tree.within(module, *SIMULATED)
         may = SIMULATED_MAY_IMPORT if simulated else INTEGRATIONS_MAY_IMPORT
         for item in items:
             if tree.is_ours(item.module) and item.module != "powerd" and not tree.within(item.module, *may):

@@ -43,7 +43,7 @@ def demo(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, Any], list[dic
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-m", "powerd.demo", "--out", str(out), *arguments],
-        env=environment(tmp_path), capture_output=True, text=True, timeout=150,
+        env=environment(tmp_path), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     with (out / "energy_time.csv").open() as rows:
@@ -165,11 +165,28 @@ def check_training(page: str, said: str) -> None:
         assert old == pytest.approx(new, rel=0.01, abs=0.5), "make demo, its words into docs/demo.md"
 
 
+def check_service(page: str, said: str) -> None:
+    """The figures of the service: the same decisions, and energies and latencies as close as two runs are."""
+
+    def of(text: str) -> list[tuple[str, list[float]]]:
+        lines = [
+            line.rstrip() for line in text.splitlines() if re.match(r"SinglePool |DynamoLLM|  DynamoLLM at|SLO|Energy", line)
+        ]
+        number = r"\d+\.?\d*"
+        return [(re.sub(rf"{number}| ", "", line), [float(n) for n in re.findall(number, line)]) for line in lines]
+
+    there, here = of(page), of(said)
+    assert [words for words, _ in there] == [words for words, _ in here]
+    assert len(there) >= 6
+    for (_, old), (_, new) in zip(there, here, strict=True):
+        assert old == pytest.approx(new, rel=0.03, abs=1.0), "make demo, its words into docs/demo.md"
+
+
 @pytest.mark.xdist_group("demo")
 def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str, Any]]) -> None:
     folder, said, _ = whole
     page = (ROOT / "docs/demo.md").read_text()
-    shown, trained = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    shown, trained, served = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
 
     def numbers(text: str) -> list[list[str]]:
         lines = [line for line in text.splitlines() if re.match(r" *\d+ MHz |within|  (all|clocks that)", line)]
@@ -181,7 +198,9 @@ def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str
         for old, new in zip(one, two, strict=True):
             last_digit = 10.0 ** -len(old.partition(".")[2]) if "." in old else 0.0
             assert float(old) == pytest.approx(float(new), abs=1.01 * last_digit), "make demo, its table into docs/demo.md"
-    check_training(trained, said[said.index("Measured online") :])
+    begins = said.index("Serving:")
+    check_training(trained, said[said.index("Measured online") : begins])
+    check_service(served, said[begins:])
     kept, drawn = ((folder / name).read_text() for folder, name in ((ROOT / "docs/pictures", "demo.svg"), (folder, DRAWN)))
     assert "simulated" in kept
     number = r"-?\d+\.\d+"
@@ -190,7 +209,7 @@ def test_the_page_shows_what_the_command_prints(whole: tuple[Path, str, dict[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("part", ["sweep", "train"])
+@pytest.mark.parametrize("part", ["sweep", "train", "serve"])
 def test_interrupted_at_any_time_it_leaves_nothing_running(tmp_path: Path, number: signal.Signals, part: str) -> None:
     words = ["--parts", part, "--gpus", "2", "--seconds", "3000"]
     child = subprocess.Popen(
@@ -212,3 +231,25 @@ def test_interrupted_at_any_time_it_leaves_nothing_running(tmp_path: Path, numbe
             return
         signal.sigtimedwait([], 0.1)
     assert left_running(str(tmp_path)) == []
+
+
+@pytest.mark.xdist_group("demo")
+def test_dynamollm_serves_the_same_requests_for_less(whole: tuple[Path, str, dict[str, Any]]) -> None:
+    folder, said, result = whole
+    service = result["service"]
+    single, dynamo = (service["policies"][name] for name in ("SinglePool", "DynamoLLM"))
+    assert service["requests"] > 500
+    for policy in (single, dynamo):
+        assert policy["outcomes"] == {"answered": service["requests"]}
+        assert policy["within_slo"] >= 0.99
+        assert policy["low_j"] < policy["energy_j"] < policy["high_j"]
+        assert policy["tbt_p99_s"] <= service["tbt_s"]
+    assert service["lost"] == 0
+    assert single["fleets"] == "1 x TP8"
+    assert (single["mean_clock_mhz"], single["lost"]) == (1980, 0)
+    assert dynamo["mean_clock_mhz"] < 1700
+    assert 0.15 < service["saving"]["low"] < service["saving"]["saving"] < service["saving"]["high"] < 0.5
+    last = said.strip().splitlines()[-3]
+    assert last.startswith(f"DynamoLLM saves {service['saving']['saving']:.1%}")
+    assert last.endswith("lost requests = 0 (simulated)")
+    assert (folder / "out/service.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests in a batch at most")
     parser.add_argument("--max-model-len", type=int, default=16384, help="longest prompt and answer together")
     parser.add_argument("--stream-interval", type=int, default=1, help="tokens per event of a stream, after the first")
+    parser.add_argument(
+        "--enable-per-request-metrics", action="store_true", help="the usage event of a stream tells the request's own latencies"
+    )
     parser.add_argument("--start-delay", type=float, default=0.0, metavar="S", help="simulated seconds until it listens")
     parser.add_argument(
         "--shutdown-timeout", type=float, default=600.0, metavar="S", help="simulated seconds that SIGTERM waits for requests"
@@ -63,7 +66,8 @@ def serve(args: argparse.Namespace) -> int:
             gpus = indices(node, named.split(",")) if named else tuple(range(args.tp or 1))
             if (tp := args.tp or len(gpus)) != len(gpus):
                 raise ValueError(f"TP {tp} needs as many GPUs, {len(gpus)} are named")
-            options = Options(model, tp, args.served_model_name or "", args.chunk_tokens, args.max_num_seqs, args.max_model_len)
+            options = Options(model, tp, args.served_model_name or "", args.chunk_tokens, args.max_num_seqs, args.max_model_len,
+                              args.enable_per_request_metrics)  # fmt: skip
             with SimulatedGpus(node, gpus) as hardware:
                 return int(clocks.run(clock, _serve(args, Engine(options, hardware), faults)))
     except (SimError, PowerdError, ValueError, OSError) as error:

@@ -1,5 +1,7 @@
 """Iteration-level continuous batching with chunked prefill: which requests compute what in the next iteration.
 
+One token of each request that decodes comes first, prompts get the rest of `chunk_tokens` (vLLM's max_num_batched_tokens).
+
 House rules: pure, no clock and no I/O: times come in and go out; first come, first served; a request never holds more KV
 tokens than it has computed; who does not fit any more is preempted and computed anew, the youngest first, as vLLM does.
 """
@@ -96,7 +98,7 @@ class Batch:
             self.preemptions += 1
             self.waiting.appendleft(youngest)
             decodes = [request for request in decodes if request is not youngest]
-        free, budget = self.kv_tokens - used - len(decodes), self.chunk_tokens
+        free, budget = self.kv_tokens - used - len(decodes), max(0, self.chunk_tokens - len(decodes))
         chunks: list[tuple[Request, int]] = []
         for request in self.running:
             if budget and not request.decoding and (tokens := min(budget, request.context - request.computed, free)) > 0:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +23,8 @@ from powerd.sim.engine.speed import Speed
 from powerd.sim.node import SimError
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import InstanceLoad
+
+RATES_S = 10.0  # over which `Engine.load` states rates
 
 
 class DrainingError(RuntimeError):
@@ -45,6 +49,7 @@ class Options:
     chunk_tokens: int = 512  # prompt tokens of one iteration at most
     max_running: int = 256
     max_context: int = 16384
+    keep_gaps: bool = False  # of every request, for `Stream.tbt_p99_s`
 
 
 class Stream:
@@ -53,6 +58,7 @@ class Stream:
     def __init__(self, engine: Engine, request: Request, reason: str) -> None:
         self.request = request
         self.finish_reason: str | None = None
+        self.gaps_s: list[float] = []  # between tokens, where they are kept
         self._end_reason = reason
         self._engine = engine
         self._seen = 0
@@ -83,6 +89,11 @@ class Stream:
             pass
         return self.request
 
+    @property
+    def tbt_p99_s(self) -> float | None:
+        """The gap between tokens that 99 of 100 of its gaps keep; None when there was none or none was kept."""
+        return sorted(self.gaps_s)[math.ceil(0.99 * len(self.gaps_s)) - 1] if self.gaps_s else None
+
     def cancel(self) -> None:
         """Nobody waits for the rest; harmless when it has ended."""
         self._engine.cancel(self)
@@ -100,6 +111,7 @@ class Engine:
         self.metrics = Metrics(self.name, self.max_context, options.chunk_tokens, options.tp)
         self.on_token: Callable[[int], None] = lambda total: None  # how many tokens it has made; for injected faults
         self.tokens = 0
+        self.arrived = self.arrived_tokens = 0
         self.energy_j = 0.0  # declared, of all GPUs, of iterations that ended
         self.busy_s = 0.0
         self.draining = False
@@ -110,6 +122,7 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
+        self._looks: deque[tuple[float, int, int, int]] = deque()
 
     async def __aenter__(self) -> Engine:
         self._task = asyncio.get_running_loop().create_task(self._work(), name=f"engine {self.name}")
@@ -139,6 +152,7 @@ class Engine:
         request = Request(next(self._numbers), prompt_tokens, output, now_s, max_tokens)
         stream = self._streams[request.id] = Stream(self, request, "stop" if stops else "length")
         self.batch.add(request)
+        self.arrived, self.arrived_tokens = self.arrived + 1, self.arrived_tokens + prompt_tokens
         self._idle.clear()
         self._arrived.set()
         return stream
@@ -158,11 +172,21 @@ class Engine:
         return len(self._streams)
 
     def load(self) -> InstanceLoad:
-        """What it has to do now."""
+        """What it has to do now; rates are over the looks of the last ``RATES_S`` seconds, None at the first one."""
         batch = self.batch
         now_s = asyncio.get_running_loop().time()
         decoding = sum(request.generated > 0 for request in batch.running)
+        looks = self._looks
+        while len(looks) > 1 and looks[1][0] <= now_s - RATES_S:
+            looks.popleft()
+        before = looks[0] if looks and looks[0][0] < now_s else None
+        here = (now_s, self.arrived, self.arrived_tokens, self.tokens)
+        looks.append(here)
+        rates = (
+            (None,) * 3 if before is None else tuple((b - a) / (now_s - before[0]) for a, b in zip(before, here, strict=True))[1:]
+        )
         return InstanceLoad(
+            requests_per_s=rates[0], prompt_tokens_per_s=rates[1], output_tokens_per_s=rates[2],
             running=decoding, queued=self.in_flight - decoding, queued_prompt_tokens=batch.queued_prompt_tokens,
             kv_used_ratio=batch.kv_used / batch.kv_tokens,
             oldest_wait_s=max((now_s - r.arrived_s for r in (*batch.running, *batch.waiting) if r.first_s is None), default=0.0),
@@ -249,6 +273,8 @@ class Engine:
                 firsts_s.append(end_s - request.arrived_s)
             elif before_s is not None:
                 gaps_s.append(end_s - before_s)
+                if self.options.keep_gaps:
+                    stream.gaps_s.append(end_s - before_s)
             if request.generated >= request.output_tokens:
                 stream.finish_reason = stream._end_reason
                 del self._streams[request.id]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 PROMPT_HEADER = "X-Prompt-Tokens"
@@ -34,6 +34,15 @@ class Ask:
     stop_after: int | None
     stream: bool
     usage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """What one request waited for, in milliseconds of the engine's clock; None: it had no such moment."""
+
+    queued_ms: float | None
+    time_to_first_token_ms: float | None
+    inter_token_latency_p99_ms: float | None
 
 
 def read(body: Any, headers: Mapping[str, str], *, chat: bool, name: str) -> Ask:
@@ -113,10 +122,11 @@ def chunk(ask: Ask, id_: str, new: int, reason: str | None) -> dict[str, Any]:
     return {**_head(ask, id_, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [choice]}
 
 
-def last(ask: Ask, id_: str, generated: int) -> dict[str, Any]:
-    """The event with the usage block."""
+def last(ask: Ask, id_: str, generated: int, latency: Latency | None = None) -> dict[str, Any]:
+    """The event with the usage block, and what the request's own latencies were where they are told."""
     kind = "chat.completion.chunk" if ask.chat else "text_completion"
-    return {**_head(ask, id_, kind), "choices": [], "usage": usage(ask.prompt_tokens, generated)}
+    body = {**_head(ask, id_, kind), "choices": [], "usage": usage(ask.prompt_tokens, generated)}
+    return body if latency is None else body | {"metrics": asdict(latency)}
 
 
 def _head(ask: Ask, id_: str, kind: str) -> dict[str, Any]:

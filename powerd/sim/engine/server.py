@@ -153,7 +153,8 @@ class Server:
                 sent, ready, held = sent + held, held, 0
                 await response.write(_event(openai.chunk(ask, id_, ready, stream.finish_reason)))
             if ask.usage:
-                await response.write(_event(openai.last(ask, id_, sent)))
+                latency = _latency(stream) if self.engine.options.keep_gaps else None
+                await response.write(_event(openai.last(ask, id_, sent, latency)))
             await response.write(b"data: [DONE]\n\n")
         except EngineDiedError as error:
             await response.write(_event(openai.error(500, str(error), "internal_error")))
@@ -166,6 +167,13 @@ class Server:
     async def _unless_hung(self) -> None:
         while self._hung.is_set():
             await asyncio.sleep(3600)
+
+
+def _latency(stream: Stream) -> openai.Latency:
+    request = stream.request
+    moments = (request.scheduled_s, request.first_s)
+    queued, first = (None if moment is None else 1000 * (moment - request.arrived_s) for moment in moments)
+    return openai.Latency(queued, first, None if stream.tbt_p99_s is None else 1000 * stream.tbt_p99_s)
 
 
 def _event(body: dict[str, Any]) -> bytes:

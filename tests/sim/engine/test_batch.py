@@ -22,7 +22,7 @@ def run(batch: Batch, requests: list[Request]) -> None:
                 return
             now_s = batch.waiting[0].arrived_s
             continue
-        assert iteration.prompt_tokens <= batch.chunk_tokens
+        assert not iteration.chunks or iteration.prompt_tokens + len(iteration.decodes) <= batch.chunk_tokens
         assert all(tokens > 0 for _, tokens in iteration.chunks)
         assert all(r.arrived_s <= now_s for r in (*iteration.decodes, *(r for r, _ in iteration.chunks)))
         now_s += 1

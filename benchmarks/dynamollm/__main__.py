@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.dynamollm import ablation, sensitivity, speed, study, traces
+from benchmarks.dynamollm import ablation, accuracy, parts, sensitivity, speed, study, traces
 from benchmarks.dynamollm.study import BASE, FULL, STATIC, saving
 from benchmarks.report import Progress, Report, Table, bar, write
 from powerd.sim.replay import session
@@ -106,6 +106,8 @@ PARTS: dict[str, Callable[[Report, Progress, Options], bool]] = {
     "ablation": _ablation,
     "sensitivity": _sensitivity,
     "speed": _speed,
+    "parts": lambda report, progress, options: parts.measure(report, progress),
+    "accuracy": lambda report, progress, options: accuracy.measure(report, progress),
 }
 
 

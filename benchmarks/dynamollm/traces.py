@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from powerd.sim import enginemodels
@@ -67,8 +67,13 @@ def week(seed: int = SEED) -> Case:
 
 def prepared(case: Case, load: float, scenario: Scenario, model: EngineModel | None = None) -> Comparison:
     """The case at a load, as policies are run on it; the history is at the same load, as a service's own past would be."""
-    history = None if case.history is None else scale.scaled(case.history, load, HISTORY_SEED)
-    return session.prepare(scale.scaled(case.trace, load, scenario.run.seed), scenario, history, model)
+    history = None if case.history is None else _scaled(case.history, load, HISTORY_SEED)
+    return session.prepare(_scaled(case.trace, load, scenario.run.seed), scenario, history, model)
+
+
+@lru_cache(maxsize=4)
+def _scaled(trace: Trace, load: float, seed: int) -> Trace:
+    return scale.scaled(trace, load, seed)
 
 
 def full_load(case: Case, scenario: Scenario, told: Callable[[str], None] = lambda text: None) -> float:

@@ -191,6 +191,25 @@ def test_predictions_are_made_of_the_past(hour: Trace) -> None:
     assert np.array_equal(first.predicted_tokens, second.predicted_tokens)
 
 
+def test_what_was_answered_is_learned_and_only_that(hour: Trace) -> None:
+    """Another service than the one that is known beforehand: guesses become better, and the future changes none of them."""
+    base, past = session.scenario(None), session.first_half(hour)
+    part = hour.between(0, 2400)
+    other = replace(part, output_tokens=np.where(part.prompt_tokens % 2, 5, 900).astype(np.int32))
+    other = replace(other, prompt_tokens=np.where(part.prompt_tokens % 2, 160, 4800).astype(np.int32))
+    made = workload.workload(other, base, past).requests
+    right = made.routed_class == made.true_class
+    assert right[other.arrival_s > 1200].mean() > 0.95
+    assert right[other.arrival_s < 300].mean() < 0.6
+    late = other.arrival_s > 1200
+    changed = replace(other, output_tokens=np.where(late, 60, other.output_tokens).astype(np.int32))
+    again = workload.workload(changed, base, past).requests
+    assert np.array_equal(again.routed_class[~late], made.routed_class[~late])
+    assert again.predicted_tokens is not None
+    assert made.predicted_tokens is not None
+    assert np.array_equal(again.predicted_tokens[~late], made.predicted_tokens[~late])
+
+
 def test_the_largest_load_is_found() -> None:
     for limit in (0.4, 1.0, 5.67, 37.0):
         found = search.largest_load(lambda load, limit=limit: load <= limit, tolerance=0.01)  # type: ignore[misc]

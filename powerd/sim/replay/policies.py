@@ -22,10 +22,10 @@ from powerd.sim.replay.workload import Observed, Workload, observations
 from powerd_policies.dynamollm import policies as dynamollm
 from powerd_policies.dynamollm.capacity import Capacity, Lengths, measured, scaled
 from powerd_policies.dynamollm.classes import NAMES, Classes
+from powerd_policies.dynamollm.controller import Predictor
 from powerd_policies.dynamollm.fleet import FleetController
 from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.overheads import Fixes, Overheads
-from powerd_policies.dynamollm.policies import Predictor
 from powerd_policies.dynamollm.predictor import Rate
 
 POLICIES: Final = ("singlepool", "multipool", "scaleinst", "scaleshard", "scalefreq", "beststatic", "dynamollm")
@@ -127,8 +127,8 @@ def controller(fleet: search.Fixed, setting: Setting, name: str = "fixed") -> Fl
 
 def lengths(classes: Classes, past: Trace) -> dict[str, Lengths]:
     """Return what a past trace says of each class; of a long one, of every so many requests."""
-    step = max(1, len(past) // 20_000)
-    return measured(classes, zip(past.prompt_tokens[::step].tolist(), past.output_tokens[::step].tolist(), strict=True))
+    some = past.thinned(20_000)
+    return measured(classes, zip(some.prompt_tokens.tolist(), some.output_tokens.tolist(), strict=True))
 
 
 def best_static(workload: Workload, setting: Setting, known: Known) -> search.Tried:

@@ -45,6 +45,16 @@ class Trace:
         """Mean rate over its length."""
         return len(self) / self.length_s if self.length_s else 0.0
 
+    def thinned(self, most: int) -> Trace:
+        """Every so many-th request, such that there are at most ``most``."""
+        step = max(1, -(-len(self) // most))
+        return replace(
+            self,
+            arrival_s=self.arrival_s[::step],
+            prompt_tokens=self.prompt_tokens[::step],
+            output_tokens=self.output_tokens[::step],
+        )
+
     def between(self, begin_s: float, end_s: float) -> Trace:
         """The requests of [begin_s, end_s), with time 0 at ``begin_s``."""
         first, last = np.searchsorted(self.arrival_s, (begin_s, end_s))

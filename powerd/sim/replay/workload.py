@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from powerd.errors import RequestError
 from powerd.sim.cluster import Requests
+from powerd.sim.replay.guesses import guess
 from powerd.sim.replay.scenario import Scenario
 from powerd.sim.replay.trace import Trace
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.fleet import ClassLoad
-from powerd_policies.dynamollm.lengths import TYPICAL_TOKENS, Hints, LengthPredictor, LengthTable, NoisyOracle, Oracle
 
 BEYOND: Final = 255
-Tokens = NDArray[np.int32]
 Observed = tuple[float, float, dict[str, ClassLoad]]
 
 
@@ -50,7 +49,7 @@ def class_of(classes: Classes, prompt_tokens: NDArray[np.int32], output_tokens: 
 
 def workload(trace: Trace, scenario: Scenario, past: Trace) -> Workload:
     """Return a trace's requests with their true and predicted classes; RequestError when all prompts are too long."""
-    classes, seed = scenario.request_classes(), scenario.run.seed
+    classes = scenario.request_classes()
     true = class_of(classes, trace.prompt_tokens, trace.output_tokens)
     fits = true != BEYOND
     if not fits.any():
@@ -58,38 +57,9 @@ def workload(trace: Trace, scenario: Scenario, past: Trace) -> Workload:
             f"{trace.name}: no prompt is within the context limit of {classes.context_limit} tokens", code="bad_value"
         )
     prompt, output, true = trace.prompt_tokens[fits], trace.output_tokens[fits], true[fits]
-    predictor = _predictor(scenario, past, seed)
-    routed, tokens = _routed(classes, predictor, prompt, output), output
-    if scenario.forecast.output_length != "oracle":
-        tokens = expected_outputs(classes, predictor, past)[routed]
-    return Workload(trace, Requests(trace.arrival_s[fits], prompt, output, true, routed, tokens), int((~fits).sum()), seed)
-
-
-def _predictor(scenario: Scenario, past: Trace, seed: int) -> LengthPredictor:
-    classes, forecast = scenario.request_classes(), scenario.forecast
-    if forecast.output_length == "oracle":
-        return Oracle(classes)
-    if forecast.output_length == "noisy":
-        return NoisyOracle(forecast.output_accuracy, seed, classes)
-    return LengthTable.train(past.prompt_tokens, past.output_tokens, classes)
-
-
-def _routed(classes: Classes, predictor: LengthPredictor, prompt: Tokens, output: Tokens) -> NDArray[np.uint8]:
-    """Return the class that each request is routed by: its prompt is known, the size of its answer is predicted."""
-    sizes = predictor.predict(prompt, Hints(output_tokens=output, ids=np.arange(len(prompt))))
-    return np.asarray(3 * np.searchsorted(classes.prompt_bounds[:2], prompt, side="right") + sizes, dtype=np.uint8)
-
-
-def expected_outputs(classes: Classes, predictor: LengthPredictor, past: Trace) -> Tokens:
-    """Return for each predicted class the mean answer that requests of a past trace had which were predicted so."""
-    at, outputs = _routed(classes, predictor, past.prompt_tokens, past.output_tokens), past.output_tokens.astype(float)
-    found = np.array([TYPICAL_TOKENS[n % 3] for n in range(len(NAMES))], dtype=np.float64)
-    for n in range(len(NAMES)):
-        same_size = at % 3 == n % 3
-        here = (at == n) if (at == n).any() else same_size
-        if here.any():
-            found[n] = outputs[here].mean()
-    return np.asarray(np.maximum(found.round(), 1), dtype=np.int32)
+    arrival_s = trace.arrival_s[fits]
+    requests = Requests(arrival_s, prompt, output, true, *guess(scenario, past, arrival_s, prompt, output))
+    return Workload(trace, requests, int((~fits).sum()), scenario.run.seed)
 
 
 def observations(trace: Trace, classes: Classes, window_s: float = 300.0) -> Iterator[Observed]:

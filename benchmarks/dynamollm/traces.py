@@ -1,6 +1,6 @@
 """The traces that policies are judged on, what may be known before each, and the load that is called 1.0.
 
-House rules: knobs were fixed on the first half of the hour and on ``KNOB_SEED``; what is reported is of ``SEED``, histories
+House rules: knobs were fixed under other seeds than ``SEED`` (of the jitter of the hour, of a day); what is reported is of it, histories
 are of ``HISTORY_SEED``; load 1.0 is the largest at which SinglePool keeps 99 % of requests within their SLO, found by bisection.
 """
 

@@ -54,7 +54,7 @@ def test_a_bad_trace_is_refused_with_file_line_and_column(text: str, said: str) 
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no such file|No such file"):
+    with pytest.raises(RequestError, match=r"no such file|No such file"):
         trace.read(tmp_path / "none.csv")
     broken = tmp_path / "broken.csv.gz"
     broken.write_bytes(gzip.compress(HEAD.encode() * 500)[:40])
@@ -105,10 +105,9 @@ def test_a_larger_load_holds_the_smaller_one(hour: Trace) -> None:
 
 def test_copies_move_by_no_more_than_the_jitter() -> None:
     one = trace.parse(HEAD + "0,1,1\n100,2,2\n200,3,3\n", "t")
+    many = scale.scaled(one, 50)
     for tokens, at_s in ((1, 0), (2, 100), (3, 200)):
-        times = [
-            t for t, p in zip(*(lambda m: (m.arrival_s, m.prompt_tokens))(scale.scaled(one, 50)), strict=True) if p == tokens
-        ]
+        times = [t for t, p in zip(many.arrival_s, many.prompt_tokens, strict=True) if p == tokens]
         assert len(times) == 50
         assert max(abs(t - at_s) for t in times) <= 15
         assert max(times) - min(times) > 10
@@ -145,7 +144,6 @@ def test_generated_load_is_as_bursty_as_the_real_hour(hour: Trace) -> None:
     """Variance over mean of counts in windows of 5 s and 60 s: Poisson would have 1."""
     made = generate.generate(hour, DAY_S, seed=4, shape=Shape(night=1.0, weekend=1.0))
     for window_s in (5, 60):
-        real, generated = (
-            (lambda c: c.var() / c.mean())(np.bincount((t.arrival_s // window_s).astype(int))[:-1]) for t in (hour, made)
-        )
+        counts = [np.bincount((t.arrival_s // window_s).astype(int))[:-1] for t in (hour, made)]
+        real, generated = (c.var() / c.mean() for c in counts)
         assert generated == pytest.approx(real, rel=0.45)

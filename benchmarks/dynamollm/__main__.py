@@ -51,8 +51,8 @@ def _study(case: Callable[[], traces.Case], loads: tuple[float, ...]) -> Callabl
         elif not options.quick:
             report.tables.append(_second_half(done.load))
             report.notes.append(
-                "Last table: the second half alone, from a cold start at the same load; lengths are of the first half. Knobs were"
-                " fixed on this hour under other jitter seeds and half a generated day of another seed: the hour is not quite held out."
+                "Last table: the second half alone, from a cold start at the same load; lengths are of the first half."
+                " Knobs were fixed on this hour under other jitter seeds and half a day of another seed: not quite held out."
             )
         return kept
 

@@ -1,7 +1,8 @@
 """The traces that policies are judged on, what may be known before each, and the load that is called 1.0.
 
-House rules: knobs were fixed under other seeds than ``SEED`` (of the jitter of the hour, of a day); what is reported is of it, histories
-are of ``HISTORY_SEED``; load 1.0 is the largest at which SinglePool keeps 99 % of requests within their SLO, found by bisection.
+House rules: knobs were fixed under other seeds than ``SEED`` (of the hour's jitter, of a day); what is reported is of it,
+histories are of ``HISTORY_SEED``; load 1.0 is the largest at which SinglePool keeps 99 % of requests within their SLO, found
+by bisection.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from powerd.sim.replay.scenario import Scenario
 from powerd.sim.replay.trace import WEEK_S, Trace, read
 from powerd_policies.dynamollm.engine_model import EngineModel
 
-KNOB_SEED, SEED, HISTORY_SEED = 11, 101, 7
+SEED, HISTORY_SEED = 101, 7
 SHAPE = Shape(requests_per_s=20.0)
 CACHE = Path(".cache/dynamollm")
 TOLERANCE = 0.005

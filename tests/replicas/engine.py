@@ -1,7 +1,7 @@
 """A metrics page as an engine serves it, made from a few numbers, and a server of it that a test may break in every way.
 
-The names and buckets are those of vLLM 0.32 and 0.33 (a live 0.32 and the sources of 0.33); a page has the comments and the
-unrelated metrics of a real one left out.
+The names and buckets are those of the pages recorded from vLLM 0.32.0 (`pages`); a page has the help and the unrelated metrics
+of a real one left out.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ class Engine:
             self.ttft.append(0.2)
             self.gaps += [0.03] * 20
         lines = [
-            "# HELP vllm:num_requests_running Number of requests in model execution batches.",
-            "# TYPE vllm:num_requests_running gauge",
-            f"vllm:num_requests_running{{{self.labels}}} {self.running}",
-            f"vllm:num_requests_waiting{{{self.labels}}} {self.waiting}",
-            f"vllm:kv_cache_usage_perc{{{self.labels}}} {self.kv}",
-            f"vllm:prompt_tokens_total{{{self.labels}}} {self.prompt_tokens}",
-            f"vllm:generation_tokens_total{{{self.labels}}} {self.output_tokens}",
-            f"vllm:num_preemptions_total{{{self.labels}}} {self.preemptions}",
-        ]
+            line
+            for name, kind, value in (
+                ("num_requests_running", "gauge", self.running), ("num_requests_waiting", "gauge", self.waiting),
+                ("kv_cache_usage_perc", "gauge", self.kv), ("prompt_tokens_total", "counter", self.prompt_tokens),
+                ("generation_tokens_total", "counter", self.output_tokens),
+                ("num_preemptions_total", "counter", self.preemptions),
+            )
+            for line in (f"# TYPE vllm:{name} {kind}", f"vllm:{name}{{{self.labels}}} {value}")
+        ]  # fmt: skip
         for name, edges, seen in (
             ("time_to_first_token_seconds", TTFT_EDGES, self.ttft), ("inter_token_latency_seconds", GAP_EDGES, self.gaps),
         ):  # fmt: skip
+            lines.append(f"# TYPE vllm:{name} histogram")
             for edge in (*edges, float("inf")):
                 le = "+Inf" if edge == float("inf") else repr(edge)
                 lines.append(f'vllm:{name}_bucket{{{self.labels},le="{le}"}} {float(sum(v <= edge for v in seen))}')

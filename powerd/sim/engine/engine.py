@@ -108,7 +108,7 @@ class Engine:
         self.speed = Speed(options.model, options.tp)
         self.batch = Batch(options.model.kv_tokens[options.tp], options.chunk_tokens, options.max_running)
         self.max_context = min(options.max_context, self.batch.kv_tokens)
-        self.metrics = Metrics(self.name, self.max_context, options.chunk_tokens, options.tp)
+        self.metrics = Metrics(self.name, self.max_context, self.batch.kv_tokens)
         self.on_token: Callable[[int], None] = lambda total: None  # how many tokens it has made; for injected faults
         self.tokens = 0
         self.arrived = self.arrived_tokens = 0
@@ -161,7 +161,6 @@ class Engine:
         """Abort a request; harmless when it has ended."""
         if self._streams.pop(stream.request.id, None) is not None:
             self.batch.remove(stream.request)
-            self.metrics.ended(stream.request, "abort")
             stream.finish_reason = "abort"
             stream._tell()
             self._settle()
@@ -261,7 +260,7 @@ class Engine:
 
     def _serve(self, iteration: Iteration, end_s: float) -> None:
         last_s = {id(r): r.last_s for r in (*iteration.decodes, *(r for r, _ in iteration.chunks))}
-        gaps_s, firsts_s = [], []
+        gaps_s, first = [], []
         for request in self.batch.finish(iteration, end_s):
             stream = self._streams.get(request.id)
             if stream is None:  # cancelled while it was computed
@@ -270,7 +269,7 @@ class Engine:
             self.tokens += 1
             before_s = last_s.get(id(request))
             if request.generated == 1:
-                firsts_s.append(end_s - request.arrived_s)
+                first.append(request)
             elif before_s is not None:
                 gaps_s.append(end_s - before_s)
                 if self.options.keep_gaps:
@@ -280,7 +279,7 @@ class Engine:
                 del self._streams[request.id]
                 self.metrics.ended(request, stream.finish_reason)
             stream._tell()
-        self.metrics.iteration(iteration, gaps_s, firsts_s)
+        self.metrics.iteration(gaps_s, first)
         self.on_token(self.tokens)
         self._settle()
 

@@ -1,7 +1,7 @@
-"""What the engine tells Prometheus: vLLM 0.33's metric names, types and default buckets, in simulated seconds.
+"""What the engine tells Prometheus: vLLM's metric names, types and default buckets, in simulated seconds.
 
-House rules: names, labels and buckets are vLLM's own, so that whoever scrapes cannot tell the difference; a comment line says
-that it is simulated; nothing is sampled: every token and every request is counted.
+House rules: names, labels, buckets and what is counted when are vLLM's own, held to the recorded pages of vLLM 0.32.0
+(tests/replicas/pages); a comment line says that it is simulated; nothing is sampled: every token and request is counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
-from powerd.sim.engine.batch import Batch, Iteration, Request
+from powerd.sim.engine.batch import Batch, Request
 
 TTFT: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -44,7 +44,7 @@ class Histogram:
 class Metrics:
     """All metrics of one engine."""
 
-    def __init__(self, model_name: str, max_context: int, chunk_tokens: int, gpus: int) -> None:
+    def __init__(self, model_name: str, max_context: int, kv_tokens: int) -> None:
         self._labels = f'engine="0",model_name="{model_name}"'
         lengths = one_two_five(max_context)
         self.ttft, self.tbt = Histogram(TTFT), Histogram(TBT)
@@ -53,7 +53,7 @@ class Metrics:
             "vllm:inter_token_latency_seconds": (self.tbt, "Histogram of inter-token latency in seconds."),
             "vllm:request_time_per_output_token_seconds": (
                 Histogram(TBT),
-                "Histogram of time per output token, a request's mean.",
+                "Histogram of time_per_output_token_seconds per request.",
             ),
             "vllm:e2e_request_latency_seconds": (Histogram(LATENCY), "Histogram of e2e request latency in seconds."),
             "vllm:request_queue_time_seconds": (Histogram(LATENCY), "Histogram of time spent in WAITING phase for request."),
@@ -62,28 +62,36 @@ class Metrics:
             "vllm:request_decode_time_seconds": (Histogram(LATENCY), "Histogram of time spent in DECODE phase for request."),
             "vllm:request_prompt_tokens": (Histogram(lengths), "Number of prefill tokens processed."),
             "vllm:request_generation_tokens": (Histogram(lengths), "Number of generation tokens processed."),
-            "vllm:request_max_num_generation_tokens": (Histogram(lengths), "Histogram of maximum number of requested tokens."),
+            "vllm:request_max_num_generation_tokens": (
+                Histogram(lengths),
+                "Histogram of maximum number of requested generation tokens.",
+            ),
             "vllm:request_params_max_tokens": (Histogram(lengths), "Histogram of the max_tokens request parameter."),
             "vllm:iteration_tokens_total": (Histogram(ITERATION), "Histogram of number of tokens per engine_step."),
         }
         self._prompt_tokens = self._generation_tokens = 0
-        self._ended = {"stop": 0, "length": 0, "abort": 0}
-        self._config = (
-            f'engine="0",gpu_memory_utilization="0.9",max_num_batched_tokens="{chunk_tokens}",tensor_parallel_size="{gpus}"'
-        )
+        self._ended = dict.fromkeys(("stop", "length", "abort", "error", "repetition"), 0)
+        self._config = f'cache_dtype="auto",enable_prefix_caching="False",engine="0",kv_cache_size_tokens="{kv_tokens}"'
 
-    def iteration(self, iteration: Iteration, gaps_s: Sequence[float], firsts_s: Sequence[float]) -> None:
-        """An iteration has ended: seconds since each decode's last token, and since the arrival of who got the first one."""
-        self._histograms["vllm:iteration_tokens_total"][0].observe(iteration.prompt_tokens + len(iteration.decodes))
-        self._prompt_tokens += iteration.prompt_tokens
-        self._generation_tokens += len(gaps_s) + len(firsts_s)
+    def iteration(self, gaps_s: Sequence[float], first: Sequence[Request]) -> None:
+        """An iteration has ended: seconds since the last token of each that had one, and who got the first one.
+
+        A prompt counts once, as a whole, with its first token: neither its chunks nor what a preemption has computed anew.
+        """
+        if not gaps_s and not first:
+            return  # an iteration without a token: vLLM's frontend hears nothing of it
+        prompt_tokens = sum(request.prompt_tokens for request in first)
+        self._histograms["vllm:iteration_tokens_total"][0].observe(prompt_tokens + len(gaps_s) + len(first))
+        self._prompt_tokens += prompt_tokens
+        self._generation_tokens += len(gaps_s) + len(first)
         for gap_s in gaps_s:
             self.tbt.observe(gap_s)
-        for first_s in firsts_s:
-            self.ttft.observe(first_s)
+        for request in first:
+            if request.first_s is not None:
+                self.ttft.observe(request.first_s - request.arrived_s)
 
     def ended(self, request: Request, reason: str) -> None:
-        """A request has ended: stop, length or abort."""
+        """A request has ended by itself: stop or length. One whose client has gone is not told of, as in vLLM."""
         self._ended[reason] += 1
         if request.first_s is None or request.last_s is None or request.scheduled_s is None:
             return
@@ -96,9 +104,9 @@ class Metrics:
         }
         for name, value in values.items():
             self._histograms[f"vllm:{name}_seconds"][0].observe(value)
-        if request.generated > 1:
-            mean_s = (request.last_s - request.first_s) / (request.generated - 1)
-            self._histograms["vllm:request_time_per_output_token_seconds"][0].observe(mean_s)
+        # Of a single token there is no gap, and vLLM counts it as none: 0.
+        mean_s = (request.last_s - request.first_s) / max(1, request.generated - 1)
+        self._histograms["vllm:request_time_per_output_token_seconds"][0].observe(mean_s)
         self._histograms["vllm:request_prompt_tokens"][0].observe(request.prompt_tokens)
         self._histograms["vllm:request_generation_tokens"][0].observe(request.generated)
         self._histograms["vllm:request_max_num_generation_tokens"][0].observe(request.max_tokens)

@@ -141,11 +141,14 @@ class Governor:
 
 
 def _load(figures: Figures) -> InstanceLoad:
+    """What the controller is told. A histogram's p99 is the upper edge of a coarse bucket: whether the promise was kept can be read
+    from it, and is (``_learn``), but not how near it was, so the controller must not take it for a measured gap.
+    """
     page = figures.page
     return InstanceLoad(
         running=page.running, queued=page.waiting, queued_prompt_tokens=None, kv_used_ratio=page.kv_used_ratio,
         oldest_wait_s=None, requests_per_s=figures.requests_per_s, prompt_tokens_per_s=figures.prompt_tokens_per_s,
-        output_tokens_per_s=figures.output_tokens_per_s, ttft_p99_s=figures.ttft.p99_s, tbt_p99_s=figures.tbt.p99_s,
+        output_tokens_per_s=figures.output_tokens_per_s, ttft_p99_s=None, tbt_p99_s=None,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ clock whose SLO was missed gets no higher load; energy is the daemon's, of whole
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -159,6 +158,8 @@ class _Job:
 
 
 async def _measure(job: _Job, cells: Sequence[Cell], about: About, output: Path) -> int:
+    import asyncio
+
     import aiohttp
 
     from powerd.cli.endpointload import connector, model_of
@@ -213,6 +214,8 @@ async def _all(
 
 async def _one(job: _Job, session: aiohttp.ClientSession, model: str, lease: Lease, cell: Cell) -> ProfilePoint:
     """Measure one cell: load, wait until it is warm, a window, the last answers."""
+    import asyncio
+
     from powerd.cli.endpointload import Load, p99
     from powerd_policies.dynamollm.profile import ProfilePoint
 

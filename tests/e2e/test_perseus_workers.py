@@ -73,7 +73,8 @@ def test_scaled_time_is_the_same_training_within_what_this_machine_can_keep_up()
         (rows,) = steps_of(node, job, 1).values()
     want = expected(job)
     assert want.busy_s == pytest.approx([row["busy_s"] for row in rows], rel=0.001), "true durations at the simulated clock"
-    assert all(row["end_ns"] - row["begin_ns"] > 0.999e9 * want.time_s for row in rows)
+    took_ns = max(row["end_ns"] for row in rows) - min(row["begin_ns"] for row in rows)  # a late rank finds work waiting
+    assert took_ns > 0.999e9 * want.time_s
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_reason() -> None:

@@ -47,7 +47,7 @@ def test_http_engines_and_powerd_measure_what_the_cluster_simulator_computes() -
 
 def test_the_daemon_holds_the_clocks_of_registered_replicas_and_nobody_is_lost() -> None:
     with stage(8, "stepped", latency=0.0, fit_on=None, model="h100-sxm") as here:
-        words = ["--policies", "dynamollm", "--clocks", "daemon", "--seconds", "90", "--load", "0.1"]
+        words = ["--policies", "dynamollm", "--clocks", "daemon", "--seconds", "90", "--load", "0.04"]
         child = here.start("service", "-m", "powerd_integrations.simulated_service", "--ask", *words)
         ready = child.next(START_S)
         here.go()

@@ -60,12 +60,14 @@ class Fleet:
         self._cluster_s = self._pool_s = -float("inf")  # when these decided last
         self._planned = False
         self._helped = True  # the last decision changed something
-        self._cold = False  # there is no history
+        self._cold: bool | None = None  # there is no history; None: not asked yet
         self._lacks = ""
 
     def decide(self, state: FleetState) -> FleetPlan:
         """Return the whole desired fleet."""
         events: list[FleetEvent] = []
+        if self._cold is None:  # before the first window is in: a few seconds of load are no history
+            self._cold = total_of(self._forecast(state.now_s)).requests_per_s <= 0
         if state.window_s > 0:
             self.predictor.observe(state.now_s, state.window_s, state.arrivals)
             self.recent.add(state.now_s, state.window_s, state.arrivals)
@@ -100,14 +102,12 @@ class Fleet:
             self.shapes = self._everything()
         if not (knobs.instances or knobs.shards):
             return
-        ends_s = now_s + self.lead_s + knobs.ahead_s
-        forecast = self.predictor.peak(now_s, ends_s)
+        forecast = self._forecast(now_s)
         known = total_of(forecast).requests_per_s > 0
-        self._cold = self._cold or (self.recent.covered_s <= 0 and not known)
         if not known or (self._cold and self.recent.covered_s < knobs.warmup_s):
             return
         late = bool(measures.reshard)
-        young = self._cold and self.recent.covered_s < knobs.pool_s
+        young = bool(self._cold) and self.recent.covered_s < knobs.pool_s
         every_s = knobs.young_s if young else max(knobs.pool_s, self.lead_s)
         due = now_s >= self._pool_s + every_s - SURE or not self._planned
         if not due and (
@@ -126,6 +126,9 @@ class Fleet:
         self._reshape(state, peak, mean, due, events)
         self._pool_s, self._planned, self._helped = now_s, True, due or before != self.shapes
         events.extend(self.emergencies.resharded(now_s, measures.reshard))
+
+    def _forecast(self, now_s: float) -> Demand:
+        return self.predictor.peak(now_s, now_s + self.lead_s + self.knobs.ahead_s)
 
     def _surge(self, young: bool) -> Demand:
         """Return what is to be held at least: the recent load, its rise once more, and much more while little was seen."""

@@ -141,8 +141,10 @@ class Governor:
 
 
 def _load(figures: Figures) -> InstanceLoad:
-    """What the controller is told. A histogram's p99 is the upper edge of a coarse bucket: whether the promise was kept can be read
-    from it, and is (``_learn``), but not how near it was, so the controller must not take it for a measured gap.
+    """What the controller is told.
+
+    A histogram's p99 is the upper edge of a coarse bucket: whether the promise was kept can be read from it, and is (``_learn``),
+    but not how near it was, so the controller must not take it for a measured gap.
     """
     page = figures.page
     return InstanceLoad(

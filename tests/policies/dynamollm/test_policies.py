@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
 from powerd.sim import enginemodels
 from powerd.sim.cluster import Cluster, ClusterConfig, Requests
-from powerd_policies.dynamollm import policies
+from powerd_policies.dynamollm import optimizer, policies, pool
 from powerd_policies.dynamollm.capacity import measured
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import ClassLoad, FleetController, FleetEvent, FleetPlan, FleetState, InstanceState
 from powerd_policies.dynamollm.knobs import POLICIES, Knobs
+from powerd_policies.dynamollm.optimizer import Weights
 from powerd_policies.dynamollm.overheads import Fixes, Overheads
 from powerd_policies.dynamollm.pace import Pace
 
@@ -232,17 +234,24 @@ def test_a_fleet_that_starts_slowly_holds_more() -> None:
     assert gpus[1] > gpus[0]
 
 
-def test_a_price_on_gpus_leaves_fewer_of_them_on() -> None:
-    knobs = replace(POLICIES["dynamollm"], usd_per_gpu_hour=3.0)
-    counts = []
-    for own in (POLICIES["dynamollm"], knobs):
-        controller, counted = build("dynamollm", own), 0
-        state = FleetState(0.0, 0.0, (), {}, GPUS, price_per_kwh=0.1)
-        plan = controller.decide(state)
-        for n in range(1, 80):
-            instances = tuple(InstanceState(f"LL-{k}", w.pool, w.tp, w.clock_mhz) for k, w in enumerate(plan.instances))
-            load = {"ML": ClassLoad(40, 36_000, 16_800)}
-            plan = controller.decide(FleetState(5.0 * n, 5.0, instances, load, GPUS, price_per_kwh=0.1))
-            counted = sum(want.tp for want in plan.instances)
-        counts.append(counted)
-    assert counts[1] <= counts[0]
+@pytest.mark.parametrize(("carbon_g_per_kwh", "usd_per_kwh"), [(None, 0.1), (500.0, 0.1 + 0.5 * 0.2)])
+def test_the_price_of_gpus_and_of_carbon_weigh_in_the_plan(
+    monkeypatch: pytest.MonkeyPatch, carbon_g_per_kwh: float | None, usd_per_kwh: float
+) -> None:
+    """That a weight changes the plan is the optimizer's test; here: what energy costs now, in dollars, against a GPU's hour."""
+    asked: list[Weights] = []
+
+    def optimise(*args: Any, weights: Weights, **more: Any) -> Any:
+        asked.append(weights)
+        return optimizer.optimise(*args, weights=weights, **more)
+
+    monkeypatch.setattr(pool, "optimise", optimise)
+    controller = build("dynamollm", replace(POLICIES["dynamollm"], usd_per_gpu_hour=3.0, usd_per_kg_carbon=0.2))
+    for n in range(20):
+        load = {"ML": ClassLoad(40, 36_000, 16_800)}
+        state = FleetState(5.0 * n, 5.0, (), load, GPUS, price_per_kwh=0.1, carbon_g_per_kwh=carbon_g_per_kwh)
+        controller.decide(state)
+    watts = 3.0 / usd_per_kwh * 1000.0  # that cost in an hour what a GPU does
+    priced = [w.gpu / w.energy for w in asked if w != Weights()]  # partitions are compared without prices
+    assert priced == [pytest.approx(watts)] * len(priced)
+    assert priced

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 _libc = ctypes.CDLL(None)
 
 
@@ -29,6 +30,17 @@ class DemoError(RuntimeError):
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+
+
+@contextlib.contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Keep interruptions for afterwards: raised in what Python runs around a fork, they would be ignored."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Child:
@@ -37,11 +49,11 @@ class Child:
     def __init__(self, name: str, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.log = log
-        with log.open("wb") as errors:
+        with log.open("wb") as errors, _not_interrupted():
             self.process = subprocess.Popen(
                 [sys.executable, *arguments], env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 process_group=0, text=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 (one system call, no lock, no allocation)
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 (two system calls, no lock)
             )  # fmt: skip
         self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name=f"demo-{name}", daemon=True).start()

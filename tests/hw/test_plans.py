@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import statistics
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -201,7 +202,7 @@ def test_clocks_change_in_the_bubble_at_exact_times(make_rig: Callable[..., Rig]
     waiter = rig.clock.waiter("test")
     begin_ns = rig.clock.now_ns() // NS * NS + 2 * NS
     delays_ms: list[float] = []
-    for n in range(12):
+    for n in range(24):
         at_ns = begin_ns + n * NS // 10
         waiter.wait_until(at_ns)
         beats.send(1 + n // 4, n % 4)
@@ -215,8 +216,8 @@ def test_clocks_change_in_the_bubble_at_exact_times(make_rig: Callable[..., Rig]
         waiter.wait_until(at_ns + 99 * NS // 1000)
         assert rig.truth(0)["locked_clocks_mhz"] == wanted
     waiter.close()
-    assert len(delays_ms) == 12
-    assert 3.0 < sorted(delays_ms)[6] < 7.0, "the driver's own 4.5 ms, and nothing of ours"
+    assert len(delays_ms) == 24
+    assert 3.0 < statistics.fmean(delays_ms) < 7.5, "the driver's own 5 ms (4.5 at the median), and nothing of ours"
     assert max(delays_ms) < 20.0
 
 

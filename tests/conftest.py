@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from _pytest.nodes import coerce_node_id
+
+HERE = Path(__file__).parent
+# Folders whose tests start processes and watch them in real time (decision 0011).
+LIVE = (
+    "cli", "client", "docs", "e2e", "energy", "fleet", "frameworks", "grafana", "hw", "integrations", "ray", "real", "replicas",
+    "sim", "sinks", "torch", "web",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """In CI, on a machine that others use too, a test of live processes has a second chance; the closing line counts it."""
+    if os.environ.get("CI") == "true" and item.path.is_relative_to(HERE) and item.path.relative_to(HERE).parts[0] in LIVE:
+        item.add_marker(pytest.mark.flaky(reruns=1, reruns_delay=2))
 
 
 @pytest.hookimpl(trylast=True)

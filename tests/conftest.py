@@ -10,10 +10,7 @@ from _pytest.nodes import coerce_node_id
 
 HERE = Path(__file__).parent
 # Folders whose tests start processes and watch them in real time (decision 0011).
-LIVE = (
-    "cli", "client", "docs", "e2e", "energy", "fleet", "frameworks", "grafana", "hw", "integrations", "ray", "real", "replicas",
-    "sim", "sinks", "torch", "web",
-)  # fmt: skip
+LIVE = ("cli", "client", "docs", "e2e", "frameworks", "grafana", "integrations", "ray", "real", "torch", "web")
 
 
 @pytest.hookimpl(tryfirst=True)

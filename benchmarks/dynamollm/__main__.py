@@ -103,7 +103,7 @@ def _speed(report: Report, progress: Progress, options: Options) -> bool:
 PARTS: dict[str, Callable[[Report, Progress, Options], bool]] = {
     "hour": _study(traces.hour, study.LOADS),
     "day": _study(traces.day, study.LOADS),
-    "week": _study(traces.week, (1.0,)),
+    "week": _study(traces.week, study.LOADS),
     "ablation": _ablation,
     "sensitivity": _sensitivity,
     "speed": _speed,

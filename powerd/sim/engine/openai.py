@@ -34,6 +34,7 @@ class Ask:
     stop_after: int | None
     stream: bool
     usage: bool
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,14 @@ def read(body: Any, headers: Mapping[str, str], *, chat: bool, name: str) -> Ask
         (CHAT_TOKENS if chat else DEFAULT_TOKENS) if limit is None else _count(limit, "max_tokens"),
         None if stop_after is None or body.get("ignore_eos") else _count(stop_after, STOP_HEADER),
         bool(body.get("stream")), bool(isinstance(options, dict) and options.get("include_usage")),
+        _priority(body.get("priority")),
     )  # fmt: skip
+
+
+def _priority(value: object) -> int:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63):
+        return value or 0
+    raise BadRequestError(f"priority is a whole number, lower goes first, not {value!r}")
 
 
 def _count(value: object, what: str) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
 
 from powerd_integrations.fleet import settings as configured
+from powerd_integrations.fleet.observed import Waited
 from powerd_integrations.fleet.published import Group, PublishedPlan, Serving
 from powerd_integrations.fleet.sizes import OutputSizes, prompt_tokens
 from powerd_integrations.fleet.steering import BrokenOffError, NobodyServesError, Steering
@@ -38,6 +39,11 @@ class Counter:
 
     def __init__(self) -> None:
         self.counted: list[tuple[str, int, int]] = []
+        self.called: list[tuple[str, str]] = []
+        self.waiting: Callable[[], Mapping[str, Waited]] = dict
+
+    def called_back(self, instance: str, call: str) -> None:
+        self.called.append((instance, call))
 
     def count(self, request_class: str, prompt: int, output: int) -> None:
         self.counted.append((request_class, prompt, output))

@@ -148,7 +148,7 @@ class Front:
 
     def load(self, replica: str) -> InstanceLoad:
         """What one replica has to do as the front knows it, which an engine's metrics do not tell: who waits since when."""
-        waits = self._waiting.at(replica, asyncio.get_running_loop().time())
+        waits = self._waiting.at(replica)
         return InstanceLoad(self.tally.at[replica] - waits.requests, waits.requests, waits.prompt_tokens, None, waits.oldest_s)
 
     async def empty(self, replica: str) -> None:

@@ -84,6 +84,7 @@ class EngineSection:
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0
     max_ongoing_requests: int = 256
+    priorities: bool = False  # requests carry their deadline as their priority; the engine was started to go by it
     drain_s: float = 600.0
     health_check_s: float = 5.0
     num_cpus: float = 1.0  # that Ray reserves for a replica
@@ -188,6 +189,9 @@ def _check(settings: FleetSettings, name: str) -> None:
         raise _bad(name, "[planner] wave_ratio: above 0, at most 1")
     if settings.engine.command and settings.engine.url:
         raise _bad(name, "[engine] has a command and a url: a replica starts its engine or uses one, not both")
+    if settings.engine.priorities and settings.engine.command and not any("priority" in word for word in settings.engine.command):
+        raise _bad(name, "[engine] priorities: the command starts an engine that does not go by them; vLLM's option is "
+                         "--scheduling-policy=priority")  # fmt: skip
 
 
 def _classes(document: Any, where: str) -> Classes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
@@ -63,7 +63,7 @@ class Leash:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    async def guard(self, parts: AsyncIterator[T], look: Callable[[], object] | None = None) -> AsyncIterator[T]:
+    async def guard(self, parts: AsyncIterator[T], look: Callable[[], object] | None = None) -> AsyncGenerator[T, None]:
         """Yield what comes, as ``first`` does until the request is let go."""
         while self.held:
             if self.called.done():
@@ -86,17 +86,26 @@ class Waiting:
     _shed: Mapping[str, float] = field(default_factory=dict)
     _until_s: float = math.inf
     _at: dict[str, set[Leash]] = field(default_factory=lambda: defaultdict(set))
+    _loop: asyncio.AbstractEventLoop | None = None
 
     def hold(
         self, instance: str, since_s: float, prompt_tokens: int, output_size: int, *, moved: bool = False, waits: bool = True
     ) -> Leash:
         """From now on a request waits there; ``waits`` False: it cannot be known, it is let go at once."""
-        loop = asyncio.get_running_loop()
-        leash = Leash(instance, since_s, prompt_tokens, output_size, moved, self, loop.create_future(), waits)
+        self._loop = asyncio.get_running_loop()
+        leash = Leash(instance, since_s, prompt_tokens, output_size, moved, self, self._loop.create_future(), waits)
         if waits:
             self._at[instance].add(leash)
             self._watch(leash)
         return leash
+
+    def move(self, leash: Leash, instance: str) -> None:
+        """It waits at another instance than was thought."""
+        if leash.held and leash.instance != instance:
+            self.let_go(leash)
+            leash.held, leash.instance = True, instance
+            self._at[instance].add(leash)
+            self._watch(leash)
 
     def let_go(self, leash: Leash) -> None:
         """It got its first token, or left; harmless when it had."""
@@ -125,15 +134,15 @@ class Waiting:
             if leash.instance in resteered and not leash.moved and self._elsewhere(leash) and not leash.called.done():
                 leash.called.set_result("resteer")
 
-    def at(self, instance: str, now_s: float) -> Waited:
-        """What waits at an instance."""
-        here = list(self._at.get(instance, ()))
+    def at(self, instance: str) -> Waited:
+        """What waits at an instance; may be called from another thread."""
+        here, now_s = list(self._at.get(instance, ())), 0.0 if self._loop is None else self._loop.time()
         oldest_s = max((now_s - leash.since_s for leash in here), default=0.0)
         return Waited(len(here), sum(leash.prompt_tokens for leash in here), max(0.0, oldest_s))
 
-    def everywhere(self, now_s: float) -> dict[str, Waited]:
+    def everywhere(self) -> dict[str, Waited]:
         """What waits, by instance; may be called from another thread."""
-        return {instance: self.at(instance, now_s) for instance in list(self._at)}
+        return {instance: self.at(instance) for instance in list(self._at)}
 
     def _elsewhere(self, leash: Leash) -> bool:
         return self.router.has_other(leash.prompt_tokens, leash.output_size, self.troubled)

@@ -114,3 +114,10 @@ def test_a_good_file_is_said_to_be_good(tmp_path: Path, capsys: pytest.CaptureFi
     file.write_text(GOOD.replace("POLICY", "dynamollm"))
     assert main([str(file), "--check"]) == 0
     assert capsys.readouterr().out == f"{file}: dynamollm every 5 s over LL-tp8\n"
+
+
+def test_priorities_for_an_engine_that_was_not_started_to_go_by_them_are_refused() -> None:
+    engine = '[engine]\npriorities = true\ncommand = ["vllm", "serve", "m"{more}]\n'
+    with pytest.raises(RequestError, match="--scheduling-policy=priority"):
+        configured.parse(GOOD + engine.replace("{more}", ""))
+    assert configured.parse(GOOD + engine.replace("{more}", ', "--scheduling-policy=priority"')).engine.priorities

@@ -22,6 +22,7 @@ from powerd_integrations.simulated_service.requests import Planned, Seen, replay
 from powerd_policies.dynamollm.classes import Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetController, FleetState
+from powerd_policies.dynamollm.router import Router
 
 Say = Callable[..., None]
 SAMPLE_S = 5.0
@@ -63,7 +64,7 @@ async def serve(
     clocks = _clocks(hold, client, setting)
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        front = await stack.enter_async_context(Front(setting.model, FrontOptions(), predict=setting.predict))
+        front = await stack.enter_async_context(_front(setting))
         times = Times(start_s=10 * setting.start_s + 10, drain_s=600, stop_s=60, probe_s=0.5)
         fleet = Reconfigurer(launcher, front, clocks=clocks, times=times, load=launcher.load)
         fleet.now_s = lambda: 0.0
@@ -98,6 +99,12 @@ async def serve(
     view = window.view
     low, high = (None, None) if view is None else (_sum(f.low_j for f in view.figures), _sum(f.high_j for f in view.figures))
     return Served(controller.name, seconds, window.energy_j, low, high, dict(tally.outcomes), tally.retried, events, seen)
+
+
+def _front(setting: Setting) -> Front:
+    """Routes by the SLOs that are promised here, to engines that serve the earliest deadline first, under every policy."""
+    router = Router(setting.model, setting.classes)
+    return Front(setting.model, FrontOptions(priorities=True), router=router, predict=setting.predict)
 
 
 def _sum(values: Any) -> float | None:

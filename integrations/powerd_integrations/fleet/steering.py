@@ -83,6 +83,7 @@ class Steering:
         self._groups: dict[str, Group] = {}
         self._seen: tuple[object, object] | None = None
         self._decision: tuple[object, ...] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self.waiting = Waiting(self.router, counter.called_back)
         counter.waiting = self.waiting.everywhere
         self.retries = 0
@@ -152,7 +153,9 @@ class Steering:
         # Of an answer that comes whole nobody knows whether it has begun, and one that goes on has.
         waits = ticket.streams and not ticket.sent_text
         leash = self.waiting.hold(instance, ticket.arrived_s, ticket.prompt, ticket.output_size, moved=ticket.moved, waits=waits)
-        parts = leash.guard(answer, self._refresh)
+        parts = leash.guard(answer)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().create_task(self._look())
         try:
             status = await _first(parts)
             if status.startswith(AT):  # Serve chose among the group's replicas: this one it is
@@ -211,6 +214,12 @@ class Steering:
             if time.monotonic() >= end_s:
                 waited = f"{self._settings.service.queue_timeout_s:g} s"
                 raise NobodyServesError(f"nobody serves requests of class {ticket.request_class} after {waited}")
+            await asyncio.sleep(POLL_S)
+
+    async def _look(self) -> None:
+        """See what the plan says while requests wait, also when no other comes."""
+        while not self.waiting.empty:
+            self._refresh()
             await asyncio.sleep(POLL_S)
 
     def _refresh(self) -> None:

@@ -44,31 +44,27 @@ class Leash:
     held: bool = True  # until its first token
     timer: asyncio.TimerHandle | None = None
 
-    async def first(self, work: Coroutine[Any, Any, T], look: Callable[[], object] | None = None, every_s: float = 0.1) -> T:
-        """Await something, unless the request is called back before that comes: CalledBackError; ``look`` runs meanwhile."""
+    async def first(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await something, unless the request is called back before that comes: CalledBackError."""
         if not self.held:
             return await work
         task = asyncio.ensure_future(work)
         try:
-            while not task.done():
-                patience_s = None if look is None else every_s
-                await asyncio.wait((task, self.called), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-                if self.called.done() and not task.done():
-                    raise self.owner.call_back(self)
-                if look is not None:
-                    look()
+            await asyncio.wait((task, self.called), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self.owner.call_back(self)
             return await task
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
-    async def guard(self, parts: AsyncIterator[T], look: Callable[[], object] | None = None) -> AsyncGenerator[T, None]:
+    async def guard(self, parts: AsyncIterator[T]) -> AsyncGenerator[T, None]:
         """Yield what comes, as ``first`` does until the request is let go."""
         while self.held:
             if self.called.done():
                 raise self.owner.call_back(self)
-            part = await self.first(_next(parts), look)
+            part = await self.first(_next(parts))
             if part is _END:
                 return
             yield part
@@ -133,6 +129,11 @@ class Waiting:
             # Who would not find a better place keeps its turn in the engine's queue.
             if leash.instance in resteered and not leash.moved and self._elsewhere(leash) and not leash.called.done():
                 leash.called.set_result("resteer")
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._at
 
     def at(self, instance: str) -> Waited:
         """What waits at an instance; may be called from another thread."""

@@ -75,8 +75,8 @@ def test_the_ladder_is_climbed_on_what_routers_say_waits_and_left_again() -> Non
         plan = live.tick()
         seen.append((plan.reordered, plan.resteered, dict(plan.shed_after_s)))
     late = frozenset({"late"})
-    assert seen[0] == (late, frozenset(), {})
-    assert seen[30] == (late, late, {"late": 2.0}), "one rung after the other"
+    assert next(row for row in seen if any(row)) == (late, frozenset(), {})
+    assert seen[39] == (late, late, {"late": 2.0}), "one rung after the other"
     assert seen[-1][2] == {}, "in time again for long enough: nobody is rejected any more"
     rungs = [event.detail.split(":")[0] for event in live.events() if (event.kind, event.subject) == ("emergency", "late")]
     assert rungs[:4] == ["CALM -> REORDER", "REORDER -> MAX_CLOCK", "MAX_CLOCK -> RESTEER", "RESTEER -> REJECT"]

@@ -58,7 +58,7 @@ class Ticket:
     request_class: str
     prompt: int
     output_size: int
-    arrived_s: float
+    arrived_s: float = 0.0  # on the loop's clock
     sent_text: list[str] = field(default_factory=list)
     attempts: int = 0
     moved: bool = False  # called back and sent elsewhere once, in an emergency
@@ -99,8 +99,7 @@ class Steering:
         name = NAMES[3 * size + classes.size_of_output(output)]
         if self._settings.engine.priorities:
             body = {**body, "priority": round(1000 * (time.time() + classes.slos[name].ttft_s))}  # its deadline: lowest first
-        arrived_s = asyncio.get_running_loop().time()
-        ticket = Ticket(path, body, headers, name, prompt, classes.size_of_output(output), arrived_s)
+        ticket = Ticket(path, body, headers, name, prompt, classes.size_of_output(output))
         self._counter.count(ticket.request_class, prompt, output)
         return ticket
 
@@ -109,7 +108,7 @@ class Steering:
 
         Raises ``NobodyServesError``, and ``BrokenOffError`` when every attempt failed.
         """
-        began = False
+        began, ticket.arrived_s = False, asyncio.get_running_loop().time()
         while True:
             instance, group = await self._place(ticket)
             ticket.attempts += 1

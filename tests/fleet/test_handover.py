@@ -110,6 +110,24 @@ def test_one_instance_without_room_for_another_is_replaced_all_the_same_and_said
     assert [event.kind for event in fleet.events] == ["gate"]
 
 
+def test_where_a_new_one_fits_beside_the_last_old_one_somebody_serves_all_the_time() -> None:
+    last, news = Group("LL", 2), Group("LL", 4)
+    fleet, story = Fleet(Limits(8, settle_s=2.0)), []
+    for _ in range(6):
+        fleet.tick(Wanted({last: 1}, ROUTES))
+    for _ in range(20):
+        fleet.tick(Wanted({news: 2}, ROUTES))
+        story.append((fleet.alive(), fleet.state.routes["LL"]))
+    kept = [now for before, now in zip([None, *story], story, strict=False) if now != before]
+    assert kept == [
+        ({last: 1}, (last,)),
+        ({last: 1, news: 1}, (news,)),
+        ({news: 1}, (news,)),
+        ({news: 2}, (news,)),
+    ]
+    assert fleet.events == []
+
+
 def test_replicas_that_do_not_come_up_are_given_up_and_the_old_ones_stay() -> None:
     fleet = Fleet(Limits(96, start_timeout_s=10.0, retry_s=30.0), broken=frozenset({NEW}))
     for _ in range(6):

@@ -51,6 +51,7 @@ class Handover:
     starting_s: Mapping[Group, float] = field(default_factory=dict)  # waits for replicas since then
     leaving_s: Mapping[Group, float] = field(default_factory=dict)  # out of the routes since then
     given_up_s: Mapping[Group, float] = field(default_factory=dict)  # did not come up; not tried again for a while
+    gave_way: frozenset[Group] = frozenset()  # ended before their successors began; started again when these do not come up
 
 
 def step(
@@ -64,7 +65,8 @@ def step(
         desired[group] = max(desired.get(group, 0), count)
     shrinking = {group: targets.get(group, 0) for group in sorted(desired) if desired[group] > targets.get(group, 0)}
     yields = set() if frozen else _yielding(state.desired, desired, shrinking, serving, limits)
-    routes = _routes(wanted.routes, targets, serving, state.routes, yields)
+    ended = {group for group, count in serving.items() if count and not state.desired.get(group, 0) and not targets.get(group, 0)}
+    routes = _routes(wanted.routes, targets, serving, state.routes, yields, ended)
     routed = {group for groups in routes.values() for group in groups}
     leaving = {group: state.leaving_s.get(group, now_s) for group in shrinking if group not in routed}
     if not frozen:
@@ -73,14 +75,18 @@ def step(
             last = count == 0 and now_s - leaving.get(group, now_s) < limits.settle_s and serving.get(group, 0) > 0
             if not waits and not last:
                 desired[group] = count
+    pools = {group.pool for group, count in targets.items() if serving.get(group, 0) < count}
+    gave_way = {group for group in state.gave_way if group.pool in pools}
     for group in sorted(yields & _yielding(state.desired, desired, shrinking, serving, limits)):  # others may have made room
         if group in routed:
+            gave_way.add(group)
             events.append(FleetEvent(now_s, "gate", str(group), "no room to start the new replicas before the last old one ends"))
         if group in routed or now_s - leaving[group] >= limits.settle_s:
             desired[group] = 0
     _fit(desired, state.desired, shrinking, serving, limits, frozen)
     late = {group: state.starting_s.get(group, now_s) for group, n in desired.items() if serving.get(group, 0) < n}
-    return Handover(desired, routes, late, {g: s for g, s in leaving.items() if desired[g]}, state.given_up_s), tuple(events)
+    leaving = {group: since_s for group, since_s in leaving.items() if desired[group]}
+    return Handover(desired, routes, late, leaving, state.given_up_s, frozenset(gave_way)), tuple(events)
 
 
 def _without_given_up(
@@ -102,7 +108,8 @@ def _without_given_up(
         targets[group] = desired[group] = min(serving.get(group, 0), wanted[group])
         for other in state.desired:  # what it should have replaced
             if other.pool == group.pool and other != group and other not in given_up:
-                targets[other] = max(targets.get(other, 0), min(state.desired[other], max(1, serving.get(other, 0))))
+                kept = 1 if other in state.gave_way else min(state.desired[other], max(1, serving.get(other, 0)))
+                targets[other] = max(targets.get(other, 0), kept)
     return targets, replace(state, given_up_s=given_up, desired=desired)
 
 
@@ -117,19 +124,22 @@ def _taken_over(
 
 def _routes(
     wanted: Mapping[str, tuple[str, ...]], targets: Counts, serving: Counts, old: Mapping[str, tuple[Group, ...]],
-    yields: Set[Group],
+    yields: Set[Group], ended: Set[Group],
 ) -> dict[str, tuple[Group, ...]]:  # fmt: skip
-    """For each class the groups that serve: of each pool those that are wanted, else whatever of it serves still."""
+    """For each class the groups that serve: of each pool those that are wanted, else whatever of it serves still.
+
+    A group that ends gets nothing more, even when nobody else serves: who waits there would keep it from ending.
+    """
     routes = {}
     for name, pools in wanted.items():
         groups: list[Group] = []
         for pool in pools:
-            alive = sorted(g for g, n in serving.items() if g.pool == pool and n > 0)
+            alive = sorted(g for g, n in serving.items() if g.pool == pool and n > 0 and g not in ended)
             alive = [g for g in alive if g not in yields] or alive
             ready = [g for g in alive if targets.get(g, 0) > 0]
             full = ready and all(serving.get(g, 0) >= n for g, n in targets.items() if g.pool == pool)
             groups += ready if full else alive
-        before = [g for g in old.get(name, ()) if serving.get(g, 0) > 0 and g not in groups]
+        before = [g for g in old.get(name, ()) if serving.get(g, 0) > 0 and g not in ended and g not in groups]
         routes[name] = tuple(groups or before)
     return routes
 

@@ -39,6 +39,7 @@ class PlannerSection:
     stale_after_s: float = 10.0
     gone_after_s: float = 15.0
     tick_s: float = 1.0
+    look_s: float = 3.0  # before the first decision, so that replicas that serve already are known
     start_timeout_s: float = 900.0
     retry_s: float = 1800.0
     settle_s: float = 2.0
@@ -137,7 +138,7 @@ class FleetSettings:
         """How the planner looks at its fleet."""
         p = self.planner
         limits = Limits(p.gpus, p.start_timeout_s, p.retry_s, p.settle_s, p.wave_ratio)
-        return PlannerOptions(limits, p.stale_after_s, p.gone_after_s, p.tick_s)
+        return PlannerOptions(limits, p.stale_after_s, p.gone_after_s, p.tick_s, p.look_s)
 
 
 def load(path: Path | str) -> FleetSettings:

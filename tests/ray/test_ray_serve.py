@@ -1,7 +1,8 @@
 """A burst, a change of tensor parallelism and three kills, on real Ray Serve: no request is lost and nothing stays locked.
 
-House rules: one service for all tests, in their order, because Ray takes seconds to start; every request that is sent is counted;
-what GPUs are set to is read from the simulator, not from powerd.
+House rules: DynamoLLM's own controller decides, and a test steers it by the load alone; one service for all tests, in their
+order, because Ray takes seconds to start; every request that is sent is counted; what GPUs are set to is read from the simulator,
+not from powerd.
 """
 
 from __future__ import annotations
@@ -125,47 +126,46 @@ def test_a_killed_replica_costs_no_request(service: Service) -> None:
 
     sent += service.load_until(replaced, rate=2.0, tokens=110, prompt=3000)
     all_answered(sent, 110)
-    wait_for("the killed replica's engine and its page have ended with it", lambda: engines_alive(service) == 4)
-    assert in_slo(all_answered(service.run_load(rate=3.0, seconds=2.0), 20)) == 1.0
+    after = service.load_until(lambda: service.serving() == {2: 1}, rate=1.0)
+    assert in_slo(all_answered(after, 20)) == 1.0
+    wait_for("no engine or page is left but the one replica's, also none of the killed one", lambda: engines_alive(service) == 2)
 
 
 def test_a_killed_daemon_leaves_no_clock_behind(service: Service) -> None:
-    wait_for("idle replicas' clocks are lowered", lambda: len(locked(service)) == GPUS)
+    wait_for("an idle replica's clocks are lowered", lambda: len(locked(service)) == 2)
     os.kill(service.live.process.pid, signal.SIGKILL)
     service.live.process.wait()
     sent = service.run_load(rate=2.0, seconds=2.0)
     wait_for("clocks are back at baseline", lambda: locked(service) == [], 15)
     assert in_slo(all_answered(sent, 20)) == 1.0
     service.live.start()
-    wait_for("the replicas are registered again", lambda: len(service.live.client.replicas()) == 2, 40)
+    wait_for("the replica is registered again", lambda: len(service.live.client.replicas()) == 1, 40)
     try:
-        wait_for("and their idle clocks lowered again", lambda: len(locked(service)) == GPUS)
+        wait_for("and its idle clocks lowered again", lambda: len(locked(service)) == 2)
     except AssertionError:
         print(service.live.client.replicas(), service.live.client.leases(), service.live.log.read_text()[-5000:])
         raise
 
 
 def test_a_killed_metrics_page_gives_the_full_clock_and_freezes_the_plan(service: Service) -> None:
-    replica = service.live.client.replicas()[0]
+    (replica,) = service.live.client.replicas()
     os.kill(int((service.live.root / f"{replica.name}.metrics").read_text()), signal.SIGKILL)
-    own = {n for n, uuid in enumerate(service.live.uuids) if uuid in replica.gpus}
-    wait_for("full clock while nobody knows the load", lambda: own.isdisjoint(locked(service)))
+    wait_for("full clock while nobody knows the load", lambda: locked(service) == [])
     wait_for("nothing shrinks", lambda: "stale" in service.plan().held)
-    before = service.serving()
-    sent = service.run_load(rate=2.0, seconds=8.0)  # longer than a replica that is gone is remembered
+    sent = service.run_load(rate=1.0, seconds=8.0)  # longer than a replica that is gone is remembered
     assert in_slo(all_answered(sent, 20)) == 1.0
     assert "stale" in service.plan().held
-    assert service.serving() == before, "it serves, so it is not gone, and little load takes nobody away"
+    assert replica.name in {one.id for one in service.plan().serving}, "who answers is not gone"
 
 
 def test_a_client_that_hangs_up_ends_its_request_at_the_engine(service: Service) -> None:
-    pids = [int((service.live.root / f"{view.name}.engine").read_text()) for view in service.live.client.replicas()]
-    pages = [service.engine_page(pid) for pid in pids]
+    engine = int((service.live.root / f"{service.live.client.replicas()[0].name}.engine").read_text())
+    page = service.engine_page(engine)
     answer = service.open(tokens=5000)
     assert answer.readline().startswith(b"data: ")
-    assert sum(page().running for page in pages) == 1
+    assert page().running == 1
     answer.close()
-    wait_for("the engine has dropped it", lambda: all(page().running == 0 for page in pages))
+    wait_for("the engine has dropped it", lambda: page().running == 0)
 
 
 def test_when_it_ends_nothing_stays(service: Service) -> None:

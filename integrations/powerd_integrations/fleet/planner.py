@@ -1,8 +1,8 @@
 """The live planner: runs a controller on what is observed and publishes its plan for everybody to read.
 
 House rules: a controller that fails, and input that is stale, leave the last plan in force, and the plan says so; while anything
-is stale nothing shrinks; a planner that starts begins with the fleet that is there; the plan is replaced as a whole, in memory and
-on disk; nothing here touches a GPU.
+is stale nothing shrinks; a planner that starts begins with the fleet that is there; the plan is replaced as a whole, in memory
+and on disk; nothing here touches a GPU.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ class Answering:
     def __init__(self, *answers: str) -> None:
         self.answers = [recorded(name) for name in answers]
         self.asked: list[dict[str, Any]] = []
+        self.gate = asyncio.Event()  # what follows the first event of a stream waits for it
+        self.gate.set()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Answering:
@@ -62,7 +64,11 @@ class Answering:
             size = next((int(word[1]) for word in words if word[0] == "content-length"), 0)
             body = await reader.readexactly(size)
             answer = self._answer(head, body)
-            writer.write(answer.replace(b"connection: close\r\n", b""))  # as it would be had it been asked to stay
+            answer = answer.replace(b"connection: close\r\n", b"")  # as it would be had it been asked to stay
+            begun = answer.find(b"\n\n\r\n") + 4
+            writer.write(answer[:begun])
+            await self.gate.wait()
+            writer.write(answer[begun:])
             await writer.drain()
             await reader.read(1)
         except (asyncio.IncompleteReadError, ConnectionError):

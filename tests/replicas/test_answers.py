@@ -75,7 +75,7 @@ def test_ids_are_those_that_the_endpoint_takes() -> None:
     ids, bodies = at(body, "out-of-vocabulary", "stream")
     assert ids == range(32, 127)
     assert [one["prompt"] for one in bodies] == [[1000, 29999], [32, 126]]
-    with pytest.raises(RequestError, match="does not answer a request of two tokens: 404: .*`other` does not exist"):
+    with pytest.raises(RequestError, match=r"does not answer a request of two tokens: 404: .*`other` does not exist"):
         at(body, "no-such-model")
 
 

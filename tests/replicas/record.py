@@ -182,12 +182,12 @@ def drain(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def serving(vllm: str) -> Iterator[subprocess.Popen[bytes]]:
+def serving(vllm: str, options: tuple[str, ...] = OPTIONS) -> Iterator[subprocess.Popen[bytes]]:
     """A vLLM that serves the made-up model; when left it is told to end, and nothing of it stays."""
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        command = [vllm, "serve", folder, *OPTIONS, f"--port={PORT}"]
+        command = [vllm, "serve", folder, *options, f"--port={PORT}"]
         server = subprocess.Popen(command, env=os.environ | offline, stdout=sys.stderr, process_group=0)
         try:
             yield server

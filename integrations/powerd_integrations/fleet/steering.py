@@ -7,13 +7,13 @@ the request; text that was sent already is not sent again; the same rule chooses
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from powerd_integrations.fleet import sse
 from powerd_integrations.fleet.published import Group, PlanSource, PublishedPlan
 from powerd_integrations.fleet.reporter import ArrivalCounter
 from powerd_integrations.fleet.settings import FleetSettings
@@ -26,7 +26,6 @@ from powerd_policies.dynamollm.router import PromptTooLongError, Router
 
 log = logging.getLogger("powerd.fleet")
 POLL_S: Final = 0.05
-DONE: Final = b"[DONE]"
 AT: Final = b"@"  # before a replica's name
 AVOID: Final = "x-powerd-avoid"  # header: replicas that a request shall not come to, with spaces between
 REFUSALS: Final = 20  # by replicas that a request avoids, until it goes where it comes to
@@ -60,6 +59,7 @@ class Ticket:
     output_size: int
     arrived_s: float = 0.0  # on the loop's clock
     sent_text: list[str] = field(default_factory=list)
+    sent_tokens: int = 0
     attempts: int = 0
     moved: bool = False  # called back and sent elsewhere once, in an emergency
     avoid: frozenset[str] = frozenset()  # then replicas in trouble
@@ -146,8 +146,10 @@ class Steering:
 
     async def _relay(self, ticket: Ticket, instance: str, group: Group) -> Any:
         """Yield status and body of one attempt; every way out is counted at the router."""
+        if not ticket.sent_text:
+            ticket.sent_tokens = 0  # none of them was text yet: the client will not see any twice
         body, headers = _rest_of(ticket)
-        first, told, whole = True, False, False
+        first, told, whole, before = True, False, False, ticket.sent_tokens
         answer = self._send(group, ticket.path, body, headers)
         # Of an answer that comes whole nobody knows whether it has begun, and one that goes on has.
         waits = ticket.streams and not ticket.sent_text
@@ -165,18 +167,22 @@ class Steering:
                 status = await _first(parts)
             if ticket.streams and status == b"200":
                 async for event in _events(parts):
+                    said = sse.read(event)
+                    if said.error is not None and not said.error.refused:
+                        raise BrokenOffError(said.error.message)
                     if not told:  # an answer that has not begun can still be a refusal
                         self.waiting.let_go(leash)
                         told = True
                         yield status
-                    text, done = _read(event)
-                    if first and text:
-                        first = False
-                        self.router.first_token(instance, ticket.prompt)
-                    if text:
-                        ticket.sent_text.append(text)
+                    if said.counts:
+                        ticket.sent_tokens = ticket.sent_tokens + 1 if said.tokens is None else before + said.tokens
+                        if first:
+                            first = False
+                            self.router.first_token(instance, ticket.prompt)
+                    if said.text:
+                        ticket.sent_text.append(said.text)
                     yield event
-                    if done:
+                    if said.done:
                         whole = True
                         break
                 if not whole:
@@ -186,7 +192,7 @@ class Steering:
                 whole = True
                 yield status
                 yield b"".join(rest)
-            self._sizes.learn(ticket.prompt, len(ticket.sent_text))
+            self._sizes.learn(ticket.prompt, ticket.sent_tokens)
         except (asyncio.CancelledError, GeneratorExit, BrokenOffError, CalledBackError, AvoidedError):
             raise
         except Exception as error:  # whatever carries requests has errors of its own: Ray's, a socket's
@@ -260,7 +266,7 @@ def _can_go_on(ticket: Ticket) -> bool:
 
 def _rest_of(ticket: Ticket) -> tuple[dict[str, Any], Mapping[str, str]]:
     """What is left to ask for: the prompt with what was answered already, and as many tokens fewer."""
-    done = len(ticket.sent_text)
+    done = ticket.sent_tokens
     if not done:
         avoid = {AVOID: " ".join(sorted(ticket.avoid))} if ticket.avoid else {}
         return ticket.body, {**ticket.headers, **avoid}
@@ -287,21 +293,3 @@ async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         while (end := held.find(b"\n\n")) >= 0:
             yield held[: end + 2]
             held = held[end + 2 :]
-
-
-def _read(event: bytes) -> tuple[str, bool]:
-    """The text of an event, and whether it is the last; BrokenOffError for an engine's own error."""
-    data = event.strip().removeprefix(b"data:").strip()
-    if data == DONE:
-        return "", True
-    try:
-        document = json.loads(data)
-        if "error" in document:
-            raise BrokenOffError(str(document["error"].get("message", "an error")))
-        choices = document.get("choices") or [{}]
-        text = choices[0].get("text")
-        if text is None:
-            text = (choices[0].get("delta") or {}).get("content")
-        return text or "", False
-    except (ValueError, AttributeError, TypeError, LookupError):
-        return "", False

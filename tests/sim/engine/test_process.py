@@ -59,13 +59,15 @@ def test_completions_and_chat(engine: tuple[subprocess.Popen[str], str]) -> None
     assert (status, answer["object"], answer["choices"][0]["finish_reason"]) == (200, "text_completion", "length")
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}
     body = {"messages": [{"role": "user", "content": "a b"}, {"role": "user", "content": [{"type": "text", "text": "c"}]}],
-            "max_completion_tokens": 25, "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+            "max_completion_tokens": 25, "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
     status, text = call(f"{url}/v1/chat/completions", body, **{"X-Stop-After": "15"})
     events = [line.removeprefix("data: ") for line in text.split("\n") if line]
     assert events.pop() == "[DONE]"
     chunks = [json.loads(event) for event in events]
     assert chunks.pop()["usage"] == {"prompt_tokens": 3, "completion_tokens": 15, "total_tokens": 18}
     assert [c["choices"][0]["delta"]["content"].count("tok") for c in chunks] == [1, 10, 4], "the first at once, then ten by ten"
+    assert [c["usage"]["completion_tokens"] for c in chunks] == [1, 11, 15]
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "stop"]
     assert json.loads(call(f"{url}/v1/models")[1])["data"][0]["id"] == "llama"
     for wrong, status_wanted in (

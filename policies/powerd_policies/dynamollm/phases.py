@@ -1,10 +1,12 @@
 """Prefill and decode on separate instances, each at the clock of its own promise, beside both on one (beyond DynamoLLM).
 
 House rules: both are judged by the same steady-state model and the same SLOs; nothing is chosen that does not meet them, and
-where nothing does the answer is ``None``; moving the KV cache takes time, which is counted in the TTFT.
+where nothing does the answer is ``None``; moving the KV cache takes time, which is counted in the gap before the second token.
 
 Prefill instances are judged by the TTFT alone, decode instances by the TBT alone: a decode iteration has no prompt in it and may
 take as long as the SLO says, which is what a lower clock uses. What it costs is batching: the weights are read for decode only.
+An answer of 100 gaps or fewer has the gap before its second token as its P99: in it are the way of the KV cache, what is left of
+the iteration that it comes into, and its own first iteration.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
-from powerd_policies.dynamollm.classes import Classes
+from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.fleet import Role
 from powerd_policies.dynamollm.steady import Steady, Work, steady
+
+
+GAPS: Final = 100  # between tokens: of so many, the longest is not the P99
+UNCHUNKED: Final = 10**9  # prompts do not compete for the iterations of an instance that only decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,7 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """How the KV cache of a prompt gets from a prefill to a decode instance."""
+    """How the KV cache of a prompt gets from a prefill to a decode instance, once all of it is computed."""
 
     bytes_per_token: float = 327_680.0  # Llama-2-70B: 80 layers, 8 KV heads of 128, keys and values, 2 bytes
     bytes_per_s: float = 50e9  # assumed: one 400 Gbit/s link a GPU pair
@@ -64,6 +71,35 @@ class Links:
     def move_s(self, tokens: float) -> float:
         """Return the seconds that the KV cache of a prompt takes."""
         return self.fixed_s + tokens * self.bytes_per_token / self.bytes_per_s
+
+
+def seen_by(model: EngineModel, role: Role) -> EngineModel:
+    """Return the engine model with the times of one phase alone; watts are as they were."""
+    if role == "both":
+        return model
+    part = _prompts_only if role == "prefill" else _answers_only
+    return replace(model, table={key: part(at) for key, at in model.table.items()})
+
+
+def promised(
+    classes: Classes, tokens: Mapping[str, tuple[float, float]], role: Role, links: Links | None = None
+) -> Classes:
+    """Return what of the promises binds one side: the TTFT, or for how long an iteration of decode may take.
+
+    ``tokens`` are each class's mean prompt and answer. Where answers are so short that the gap before the second token counts, it
+    holds the move and up to two iterations.
+    """
+    links = links or Links()
+    if role == "both":
+        return classes
+    if role == "prefill":
+        return replace(classes, slos={name: Slo(slo.ttft_s, math.inf) for name, slo in classes.slos.items()})
+    slos = {}
+    for name, slo in classes.slos.items():
+        prompt, answer = tokens.get(name, (0.0, math.inf))
+        tbt_s = slo.tbt_s if answer - 1 >= GAPS else (slo.tbt_s - links.move_s(prompt)) / 2
+        slos[name] = Slo(math.inf, tbt_s)
+    return replace(classes, slos=slos)
 
 
 def mixed(
@@ -92,26 +128,17 @@ def split(
     off_w: float = 0.0,
 ) -> Phases | None:
     """Return the prefill and decode instances that draw least together, of at most ``gpus`` GPUs; None: none keep the SLOs."""
-    slos = (classes or Classes()).slos
-    links = links or Links()
+    classes = classes or Classes()
+    tokens = {name: (work.lengths.prompt_tokens, work.lengths.output_tokens) for name, work in load.items()}
+    ttfts, tbts = (promised(classes, tokens, role, links).slos for role in ("prefill", "decode"))  # type: ignore[arg-type]
 
     def prefills(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
-        alone = replace(at, decode_fixed_s=0.0, decode_request_s=0.0)
-        found = steady(alone, kv_tokens, {name: _answering(work, 1.0) for name, work in part.items()})
-        if found.limit is not None or found.ttft_p99_s is None:
-            return None
-        in_time = all(
-            ttft_s + links.move_s(part[name].lengths.prompt_p99_tokens) <= slos[name].ttft_s
-            for name, ttft_s in found.ttft_p99_s.items()
-        )
-        return found if in_time else None
+        found = steady(_prompts_only(at), kv_tokens, {name: _answering(work, 1.0) for name, work in part.items()})
+        return found if found.meets(ttfts) else None
 
     def decodes(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
-        alone = replace(at, prefill_fixed_s=0.0, prefill_token_s=0.0)
-        found = steady(alone, kv_tokens, part, chunk_tokens=_UNCHUNKED)
-        if found.limit is not None or found.tbt_p99_s is None:
-            return None
-        return found if all(found.tbt_p99_s <= slos[name].tbt_s for name in part) else None
+        found = steady(_answers_only(at), kv_tokens, part, chunk_tokens=UNCHUNKED)
+        return found if found.meets(tbts) else None
 
     pairs = itertools.product(
         _sides(model, load, gpus, off_w, "prefill", prefills), _sides(model, load, gpus, off_w, "decode", decodes)
@@ -133,8 +160,15 @@ def better(
     return min((each for each in found if each is not None), key=lambda each: _cost_w(each, gpus, off_w), default=None)
 
 
-_UNCHUNKED = 10**9  # prompts do not compete for the iterations of an instance that only decodes
 _Judge = Callable[[Coefficients, int, Mapping[str, Work]], Steady | None]
+
+
+def _prompts_only(at: Coefficients) -> Coefficients:
+    return replace(at, decode_fixed_s=at.prefill_fixed_s, decode_request_s=0.0)
+
+
+def _answers_only(at: Coefficients) -> Coefficients:
+    return replace(at, prefill_fixed_s=0.0, prefill_token_s=0.0)
 
 
 def _answering(work: Work, output_tokens: float) -> Work:

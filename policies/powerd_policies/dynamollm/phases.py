@@ -22,7 +22,6 @@ from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.fleet import Role
 from powerd_policies.dynamollm.steady import Steady, Work, steady
 
-
 GAPS: Final = 100  # between tokens: of so many, the longest is not the P99
 UNCHUNKED: Final = 10**9  # prompts do not compete for the iterations of an instance that only decodes
 
@@ -81,9 +80,7 @@ def seen_by(model: EngineModel, role: Role) -> EngineModel:
     return replace(model, table={key: part(at) for key, at in model.table.items()})
 
 
-def promised(
-    classes: Classes, tokens: Mapping[str, tuple[float, float]], role: Role, links: Links | None = None
-) -> Classes:
+def promised(classes: Classes, tokens: Mapping[str, tuple[float, float]], role: Role, links: Links | None = None) -> Classes:
     """Return what of the promises binds one side: the TTFT, or for how long an iteration of decode may take.
 
     ``tokens`` are each class's mean prompt and answer. Where answers are so short that the gap before the second token counts, it
@@ -130,7 +127,7 @@ def split(
     """Return the prefill and decode instances that draw least together, of at most ``gpus`` GPUs; None: none keep the SLOs."""
     classes = classes or Classes()
     tokens = {name: (work.lengths.prompt_tokens, work.lengths.output_tokens) for name, work in load.items()}
-    ttfts, tbts = (promised(classes, tokens, role, links).slos for role in ("prefill", "decode"))  # type: ignore[arg-type]
+    ttfts, tbts = (promised(classes, tokens, role, links).slos for role in ("prefill", "decode"))
 
     def prefills(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
         found = steady(_prompts_only(at), kv_tokens, {name: _answering(work, 1.0) for name, work in part.items()})

@@ -22,7 +22,7 @@ from powerd_policies.dynamollm.phases import UNCHUNKED, Links, promised, seen_by
 from powerd_policies.dynamollm.predictor import Rate
 
 NAME: Final = "splitphases"
-KNOBS: Final = Knobs(instances=True, shards=True, clocks=True, ladder=True)
+KNOBS: Final = Knobs(instances=True, shards=True, clocks=True, ladder=True, share_late=0.003)  # on each side
 
 
 class SplitPhases:
@@ -53,10 +53,10 @@ class SplitPhases:
         tokens = {name: (own.prompt_tokens, own.output_tokens) for name, own in known.items()}
         kinds: tuple[tuple[Role, type[Capacity], int], ...]
         kinds = (("prefill", PromptCapacity, chunk_tokens), ("decode", Capacity, UNCHUNKED))
-        capacities = {
+        capacities: dict[Role, Capacity] = {
             role: kind(
                 seen_by(model, role), promised(classes, tokens, role, links), known, chunk, knobs.share_late,
-                tbt_margin=knobs.tbt_margin,
+                tbt_margin=knobs.tbt_margin, uneven=0.0,
             )
             for role, kind, chunk in kinds
         }  # fmt: skip
@@ -103,9 +103,9 @@ class PromptCapacity(Capacity):
 
 
 def division(capacities: Mapping[Role, Capacity], gpus: int) -> dict[Role, int]:
-    """Return the GPUs of each side with which the two hold most of the usual mix, at the highest clocks, in whole largest instances.
+    """Return the GPUs of each side with which the two hold most of the usual mix at the highest clocks.
 
-    ValueError when there are not enough for one of each.
+    In whole instances of the largest parallelism; ValueError when there are not enough for one of each.
     """
     unit = max(capacities["prefill"].model.tps)
     if gpus < 2 * unit:

@@ -18,7 +18,10 @@ class PlanError(ValueError):
 
 
 def check(plan: FleetPlan, model: EngineModel, gpus: int, known: Collection[str], kinds: Mapping[str, tuple[int, Role]]) -> None:
-    """Raise ``PlanError`` for what a plan may not ask. ``known``: every name there has been; ``kinds``: TP and role of what there is."""
+    """Raise ``PlanError`` for what a plan may not ask.
+
+    ``known``: every name there has been; ``kinds``: tensor parallelism and role of what there is.
+    """
     seen: set[str] = set()
     for want in plan.instances:
         called = want.id or f"a new instance of {want.pool}"

@@ -5,8 +5,8 @@ where nothing does the answer is ``None``; moving the KV cache takes time, which
 
 Prefill instances are judged by the TTFT alone, decode instances by the TBT alone: a decode iteration has no prompt in it and may
 take as long as the SLO says, which is what a lower clock uses. What it costs is batching: the weights are read for decode only.
-An answer of 100 gaps or fewer has the gap before its second token as its P99: in it are the way of the KV cache, what is left of
-the iteration that it comes into, and its own first iteration.
+An answer of fewer than 100 gaps has the gap before its second token as its P99: in it are the way of the KV cache, what is left
+of the iteration that it comes into, and its own first iteration.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.fleet import Role
 from powerd_policies.dynamollm.steady import Steady, Work, steady
 
+Apart = Literal["prefill", "decode"]
 GAPS: Final = 100  # between tokens: of so many, the longest is not the P99
+SECOND_LATE: Final = 0.01  # of the requests may miss their TBT by the gap before the second token
 UNCHUNKED: Final = 10**9  # prompts do not compete for the iterations of an instance that only decodes
 
 
@@ -72,31 +74,29 @@ class Links:
         return self.fixed_s + tokens * self.bytes_per_token / self.bytes_per_s
 
 
-def seen_by(model: EngineModel, role: Role) -> EngineModel:
+def seen_by(model: EngineModel, role: Apart) -> EngineModel:
     """Return the engine model with the times of one phase alone; watts are as they were."""
-    if role == "both":
-        return model
     part = _prompts_only if role == "prefill" else _answers_only
     return replace(model, table={key: part(at) for key, at in model.table.items()})
 
 
-def promised(classes: Classes, tokens: Mapping[str, tuple[float, float]], role: Role, links: Links | None = None) -> Classes:
-    """Return what of the promises binds one side: the TTFT, or for how long an iteration of decode may take.
-
-    ``tokens`` are each class's mean prompt and answer. Where answers are so short that the gap before the second token counts, it
-    holds the move and up to two iterations.
-    """
-    links = links or Links()
-    if role == "both":
-        return classes
-    if role == "prefill":
-        return replace(classes, slos={name: Slo(slo.ttft_s, math.inf) for name, slo in classes.slos.items()})
-    slos = {}
-    for name, slo in classes.slos.items():
-        prompt, answer = tokens.get(name, (0.0, math.inf))
-        tbt_s = slo.tbt_s if answer - 1 >= GAPS else (slo.tbt_s - links.move_s(prompt)) / 2
-        slos[name] = Slo(math.inf, tbt_s)
+def promised(classes: Classes, role: Apart) -> Classes:
+    """Return what of the promises binds one side: the TTFT where prompts are computed, the TBT where answers are written."""
+    slos = {
+        name: Slo(slo.ttft_s, math.inf) if role == "prefill" else Slo(math.inf, slo.tbt_s) for name, slo in classes.slos.items()
+    }
     return replace(classes, slos=slos)
+
+
+def second_late(tbt_s: float, output_tokens: float, move_s: float, iteration_s: float) -> float:
+    """Return the share of requests that miss their TBT by the gap before the second token, which is the P99 of short answers.
+
+    In it are the move, what is left of the iteration that the KV cache comes into (any part of it is as likely as another), and
+    the iteration that makes the token.
+    """
+    if output_tokens > GAPS or iteration_s <= 0:
+        return 0.0
+    return min(1.0, max(0.0, (move_s + 2.0 * iteration_s - tbt_s) / iteration_s))
 
 
 def mixed(
@@ -125,9 +125,8 @@ def split(
     off_w: float = 0.0,
 ) -> Phases | None:
     """Return the prefill and decode instances that draw least together, of at most ``gpus`` GPUs; None: none keep the SLOs."""
-    classes = classes or Classes()
-    tokens = {name: (work.lengths.prompt_tokens, work.lengths.output_tokens) for name, work in load.items()}
-    ttfts, tbts = (promised(classes, tokens, role, links).slos for role in ("prefill", "decode"))
+    classes, links = classes or Classes(), links or Links()
+    ttfts, tbts = promised(classes, "prefill").slos, promised(classes, "decode").slos
 
     def prefills(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
         found = steady(_prompts_only(at), kv_tokens, {name: _answering(work, 1.0) for name, work in part.items()})
@@ -135,7 +134,14 @@ def split(
 
     def decodes(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
         found = steady(_answers_only(at), kv_tokens, part, chunk_tokens=UNCHUNKED)
-        return found if found.meets(tbts) else None
+        if not found.meets(tbts) or found.tbt_p99_s is None:
+            return None
+        for name, work in part.items():
+            own = work.lengths
+            late = second_late(tbts[name].tbt_s, own.output_tokens, links.move_s(own.prompt_tokens), found.tbt_p99_s)
+            if late > SECOND_LATE:
+                return None
+        return found
 
     pairs = itertools.product(
         _sides(model, load, gpus, off_w, "prefill", prefills), _sides(model, load, gpus, off_w, "decode", decodes)

@@ -8,7 +8,7 @@ GPUs are divided between the sides once, by what they are known to need; the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from powerd_policies.dynamollm.capacity import Capacity, Demand, Lengths, Service, assumed, total_of
@@ -18,11 +18,12 @@ from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetEvent, FleetPlan, FleetState, Role
 from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.overheads import Overheads
-from powerd_policies.dynamollm.phases import UNCHUNKED, Links, promised, seen_by
+from powerd_policies.dynamollm.phases import UNCHUNKED, Links, promised, second_late, seen_by
 from powerd_policies.dynamollm.predictor import Rate
 
 NAME: Final = "splitphases"
-KNOBS: Final = Knobs(instances=True, shards=True, clocks=True, ladder=True, share_late=0.003)  # on each side
+KNOBS: Final = Knobs(instances=True, shards=True, clocks=True, ladder=True)
+MARGIN: Final = 0.85  # of the TTFT is planned with: nothing but prompts is in these queues (fixed on another jitter of the hour)
 
 
 class SplitPhases:
@@ -50,17 +51,17 @@ class SplitPhases:
         self.name, self.period_s = NAME, knobs.period_s
         classes = classes if knobs.pace is None else knobs.pace.apply(classes)
         known = {**assumed(classes), **(lengths or {})}
-        tokens = {name: (own.prompt_tokens, own.output_tokens) for name, own in known.items()}
-        kinds: tuple[tuple[Role, type[Capacity], int], ...]
-        kinds = (("prefill", PromptCapacity, chunk_tokens), ("decode", Capacity, UNCHUNKED))
         capacities: dict[Role, Capacity] = {
-            role: kind(
-                seen_by(model, role), promised(classes, tokens, role, links), known, chunk, knobs.share_late,
-                tbt_margin=knobs.tbt_margin, uneven=0.0,
-            )
-            for role, kind, chunk in kinds
+            "prefill": PromptCapacity(
+                seen_by(model, "prefill"), promised(classes, "prefill"), known, chunk_tokens, knobs.share_late,
+                margin=MARGIN,
+            ),
+            "decode": AnswerCapacity(
+                seen_by(model, "decode"), promised(classes, "decode"), known, UNCHUNKED, knobs.share_late,
+                tbt_margin=knobs.tbt_margin, uneven=0.0, links=links or Links(),
+            ),
         }  # fmt: skip
-        divided = division(capacities, gpus)
+        divided = division(capacities, known if lengths is None else lengths, gpus)
         self.sides: dict[Role, Fleet] = {
             role: Fleet(role, knobs, capacity, divided[role], overheads or Overheads(), predictor())
             for role, capacity in capacities.items()
@@ -102,7 +103,36 @@ class PromptCapacity(Capacity):
         return replace(found, power_w=found.power_w + n * tp * fixed * (at.prefill_w - at.idle_w))
 
 
-def division(capacities: Mapping[Role, Capacity], gpus: int) -> dict[Role, int]:
+@dataclass(frozen=True)
+class AnswerCapacity(Capacity):
+    """What instances hold that write answers and nothing else; ``links`` bring the KV caches."""
+
+    links: Links = field(default_factory=Links)
+
+    def serve(self, tp: int, clock_mhz: int, n: int, demand: Demand) -> Service:
+        """As of a mixed fleet without prompts; who gets the second token too late counts as who gets the first too late there."""
+        found = super().serve(tp, clock_mhz, n, demand)
+        total = total_of(demand)
+        if not found.feasible or total.requests_per_s <= 0:
+            return found
+        at = self.model.table[tp, clock_mhz]
+        usual_s = at.decode_fixed_s + at.decode_request_s * max(1.0, found.batch)  # whom it hits is chance, so the mean decides
+        lacks, late = "", found.late
+        for name, rate in demand.items():
+            known, tbt_s = self.lengths[name], self.classes.slos[name].tbt_s
+            missed = sum(
+                weight * second_late(tbt_s, known.output_tokens, self.links.move_s(tokens), usual_s)
+                for weight, tokens in known.prompts
+            )
+            if missed > self.class_late and rate.requests_per_s > 0:
+                lacks = lacks or f"TBT of {name}: the second token is late for {100 * missed:.1f} %"
+            late += missed * rate.requests_per_s / total.requests_per_s
+        if late > self.share_late and not lacks:
+            lacks = f"TBT of all classes: the second token is late for {100 * late:.1f} %"
+        return replace(found, feasible=not lacks, lacks=lacks, late=late)
+
+
+def division(capacities: Mapping[Role, Capacity], lengths: Mapping[str, Lengths], gpus: int) -> dict[Role, int]:
     """Return the GPUs of each side with which the two hold most of the usual mix at the highest clocks.
 
     In whole instances of the largest parallelism; ValueError when there are not enough for one of each.
@@ -111,14 +141,13 @@ def division(capacities: Mapping[Role, Capacity], gpus: int) -> dict[Role, int]:
     if gpus < 2 * unit:
         raise ValueError(f"{NAME} needs at least {2 * unit} GPUs, an instance of TP{unit} for each phase; there are {gpus}")
 
+    usual = {
+        name: Rate(known.share, known.share * known.prompt_tokens, known.share * known.output_tokens)
+        for name, known in lengths.items()
+    }
+
     def holds(role: Role, given: int) -> float:
-        capacity = capacities[role]
-        usual = {
-            name: Rate(known.share, known.share * known.prompt_tokens, known.share * known.output_tokens)
-            for name, known in capacity.lengths.items()
-            if known.share > 0
-        }
-        model = capacity.model
+        capacity, model = capacities[role], capacities[role].model
         return max(capacity.holds(tp, model.clocks_mhz(tp)[0], given // tp, usual) for tp in model.tps)
 
     first = max(range(unit, gpus - unit + 1, unit), key=lambda given: min(holds("prefill", given), holds("decode", gpus - given)))

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from powerd.errors import RequestError
 from powerd.sim.cluster import ClusterConfig
 from powerd.sim.replay import report, search
 from powerd.sim.replay.runner import Setting, replay
@@ -112,12 +113,14 @@ def build(name: str, scenario: Scenario, workload: Workload, setting: Setting, k
 
     taught, chunk_tokens, costs = lengths(setting.classes, known.past), config.chunk_tokens, overheads(scenario)
     if name == splitphases.NAME:
-        return Built(
-            splitphases.SplitPhases(
+        try:
+            apart = splitphases.SplitPhases(
                 setting.model, setting.classes, setting.gpus, predictor, lengths=taught, chunk_tokens=chunk_tokens,
                 overheads=costs, links=config.links, knobs=known.knobs.get(name, splitphases.KNOBS),
-            ), config,
-        )  # fmt: skip
+            )  # fmt: skip
+        except ValueError as error:
+            raise RequestError(str(error), hint="leave this policy out, or give it more GPUs", code="bad_value") from None
+        return Built(apart, config)
     fleet = dynamollm.build(
         name, model=setting.model, classes=setting.classes, gpus=setting.gpus, lengths=taught, chunk_tokens=chunk_tokens,
         overheads=costs, predictor=predictor(), knobs=known.knobs.get(name),

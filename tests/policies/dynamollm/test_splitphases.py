@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from powerd.errors import RequestError
 from powerd.sim import enginemodels
 from powerd.sim.replay import compare, policies, report, runner, scale, session, trace
 from powerd_policies.dynamollm.classes import Classes
@@ -106,3 +107,12 @@ def test_the_report_tells_of_both_sides_and_only_where_there_are_two() -> None:
     assert "sides" not in made["singlepool"]
     assert {key for side in made["splitphases"]["sides"].values() for key in side} == {"gpus", "clock_mhz"}
     assert made["splitphases"]["slo_attainment"] > 0.98
+
+
+def test_a_cluster_that_has_no_room_for_both_sides_is_refused_in_words() -> None:
+    hour = trace.read(session.shipped_hour())
+    small = session.scenario(None)
+    small = replace(small, cluster=replace(small.cluster, nodes=1))
+    few = session.prepare(hour.between(600, 660), small)
+    with pytest.raises(RequestError, match="splitphases needs at least 16 GPUs, an instance of TP8 for each phase; there are 8"):
+        compare.one("splitphases", few)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from powerd.sim.cluster import Cluster, ClusterConfig, Requests, Results
 from powerd_policies.dynamollm.classes import NAMES
@@ -13,6 +15,7 @@ from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetPlan, InstanceWant, Role
 from powerd_policies.dynamollm.phases import Links
 from tests.sim.cluster.models import EVERYONE, patient, toy
+from tests.sim.cluster.test_against_reference import Case, cases_apart, plans, trace
 
 LINKS = Links(bytes_per_token=1e6, bytes_per_s=1e9, fixed_s=0.005)  # a prompt of 50 tokens takes 55 ms
 CONFIG = ClusterConfig(chunk_tokens=64, max_running=8, start_s=0.5, links=LINKS)
@@ -205,3 +208,22 @@ def test_mixed_instances_are_the_same_to_the_byte_with_or_without_others_beside_
     alone = mixed_run(CONFIG)
     assert mixed_run(replace(CONFIG, links=Links(1.0, 1.0, 9.0))) == alone
     assert mixed_run(CONFIG, *(InstanceWant(None, "far", 1, 1000, role) for role in ("prefill", "decode"))) == alone  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases_apart(), st.sampled_from([0.0, 0.03, 0.3]))
+def test_no_request_is_lost_whatever_is_cut_off(case: Case, drain_limit_s: float) -> None:
+    """Random plans whose drains have an end; at last one instance that does both is there for whoever still waits."""
+    requests = trace(case)
+    model = replace(toy(), kv_tokens={1: case.kv_tokens, 2: 2 * case.kv_tokens})
+    cluster = Cluster(model, requests, patient(), replace(case.config, drain_limit_s=drain_limit_s), 16)
+    for at_s, wanted in plans(case):
+        cluster.advance(at_s)
+        cluster.apply(wanted)
+    cluster.apply(FleetPlan((InstanceWant(None, "last", 2, 1000),), dict.fromkeys(NAMES, ("last",))))
+    cluster.advance(120.0)
+    (last,) = cluster.state().instances
+    assert last.load.kv_used_ratio == 0.0
+    seen = cluster.results()
+    assert seen.counts["unfinished"] == 0, "it is finished, or rejected and said so"
+    whole(seen, len(requests))

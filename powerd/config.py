@@ -12,12 +12,14 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from powerd.errors import ConfigError
+from powerd.model import SloClass
+from powerd.tomlplace import line_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -170,14 +172,17 @@ class ReplicasConfig:
 class StaticReplica:
     """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
 
-    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s")
+    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url")
 
     name: str = knob("", "its name on this node")
     pool: str = knob("", "the pool of alike replicas that it belongs to")
     gpus: tuple[str, ...] = knob((), "UUIDs of its GPUs")
     metrics_url: str = knob("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
-    ttft_s: float = knob(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
-    tbt_s: float = knob(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
+    ttft_s: float = knob(0.0, "SLO: seconds to the first token; unset: promised is tbt_s alone", low=0.001, high=3600)
+    tbt_s: float = knob(0.0, "SLO: seconds between two tokens; unset: promised is ttft_s alone", low=0.0001, high=3600)
+    classes: tuple[SloClass, ...] = knob(
+        (), "shorter prompts with a shorter TTFT, shortest first: [{max_prompt_tokens = 255, ttft_s = 0.25}]"
+    )
     tp: int = knob(1, "tensor parallelism", low=1, high=64)
     engine: str = knob("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
     chunk_tokens: int = knob(512, "prompt tokens of one iteration at most (vLLM: max_num_batched_tokens)", low=1, high=1 << 20)
@@ -252,22 +257,6 @@ def default_file() -> Path:
     return _place("etc", str(SYSTEM_FILE.parent), "XDG_CONFIG_HOME", ".config") / SYSTEM_FILE.name
 
 
-def _line_of(text: str, section: str, key: str) -> int:
-    """Where a key (or, with key "", a section) stands, which tomllib does not say; 1 when it cannot be told."""
-    section_name, key_name = re.escape(section), re.escape(key)
-    dotted = re.compile(rf"\s*{section_name}\s*\.\s*{key_name}\s*=" if key else rf"\s*[\"']?{section_name}[\"']?\s*[=.]")
-    plain = re.compile(rf"\s*[\"']?{key_name}[\"']?\s*=")
-    here = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if match := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
-            here = match[1].strip("\"' ")
-            if not key and here == section:
-                return number
-        elif dotted.match(line) or (key and here == section and plain.match(line)):
-            return number
-    return 1
-
-
 def _nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
@@ -278,6 +267,12 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     if kind is float and type(value) is int:
         value = float(value)
+    if get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):
+        row: Any = get_args(kind)[0]
+        hints = get_type_hints(row)
+        if not isinstance(value, list) or not all(isinstance(each, dict) and each.keys() == hints.keys() for each in value):
+            raise ConfigError(f"{where}: expected a list of {{{', '.join(hints)}}}, got {value!r}")
+        return tuple(row(**{k: _check(f"{where}.{k}", each[k], hints[k], {}) for k in hints}) for each in value)
     if get_origin(kind) is tuple:
         if not isinstance(value, list) or not all(type(item) is str for item in value):
             raise ConfigError(f"{where}: expected a list of strings, got {value!r}")
@@ -329,14 +324,14 @@ def lay(text: str, file: str, base: T) -> T:
             config = replace(config, **{section: found})
             continue
         if section not in known_sections or not isinstance(content, dict):
-            at = f"{file}:{_line_of(text, section, '')}"
+            at = f"{file}:{line_of(text, section, '')}"
             hint = f"[[{section}]], once for each" if section in lists else _nearest(section, known_sections)
             raise ConfigError(f"{at}: unknown section or key {section!r}", hint=hint)
         current = getattr(config, section)
         hints, known = get_type_hints(type(current)), {f.name: f for f in fields(current)}
         changes = {}
         for key, value in content.items():
-            at = f"{file}:{_line_of(text, section, key)}"
+            at = f"{file}:{line_of(text, section, key)}"
             if key not in known:
                 raise ConfigError(f"{at}: unknown key {section}.{key}", hint=_nearest(key, known))
             changes[key] = _check(f"{at}: {section}.{key}", value, hints[key], known[key].metadata)

@@ -6,6 +6,7 @@ for; a name that is not here is refused with those that are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Protocol
 from powerd import resources
 from powerd.decode import nearest
 from powerd.errors import RequestError
-from powerd_policies.dynamollm.classes import Slo
+from powerd.replicatypes import SloSpec
+from powerd_policies.dynamollm.classes import PromptSlo, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import InstanceLoad
 from powerd_policies.dynamollm.instance import ClockDecision, InstanceController
@@ -22,7 +24,7 @@ from powerd_policies.dynamollm.instance import ClockDecision, InstanceController
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SUFFIX = ".engine.csv"
 
-__all__ = ["ClockDecision", "InstanceLoad", "InstancePolicy", "Slo", "instance_policy", "profile_gpu"]
+__all__ = ["ClockDecision", "InstanceLoad", "InstancePolicy", "instance_policy", "profile_gpu"]
 
 
 class InstancePolicy(Protocol):
@@ -57,7 +59,7 @@ def instance_policy(
     profile: str | None,
     folder: str,
     tp: int,
-    slo: Slo,
+    slo: SloSpec,
     clocks_mhz: Sequence[int],
     park_after_s: float,
     period_s: float,
@@ -70,8 +72,12 @@ def instance_policy(
         half = max(clocks_mhz) / 2
         return ParkingOnly(max(clocks_mhz), min(c for c in clocks_mhz if c >= half), park_after_s)
     model = _engine_model(profile, folder)
+    promised = Slo(*(math.inf if each_s is None else each_s for each_s in (slo.ttft_s, slo.tbt_s)))
+    classes = [PromptSlo(each.max_prompt_tokens, each.ttft_s) for each in slo.classes]
     try:
-        return InstanceController(model, tp, slo, chunk_tokens=chunk_tokens, dwell_s=park_after_s, period_s=max(period_s, 1.0))
+        return InstanceController(
+            model, tp, promised, classes=classes, chunk_tokens=chunk_tokens, dwell_s=park_after_s, period_s=max(period_s, 1.0),
+        )  # fmt: skip
     except ValueError as error:
         raise RequestError(str(error), hint="powerctl dynamollm profile measures another", code="bad_value") from error
 

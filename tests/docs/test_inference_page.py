@@ -7,7 +7,7 @@ import re
 
 from powerd import config
 from powerd.enginepage import ENGINES
-from powerd.replicas import check_replicas
+from powerd.replicacheck import check_replicas
 from tests.docs import markdown
 from tests.docs.markdown import ROOT
 from tests.e2e.live import LiveNode

@@ -109,9 +109,8 @@ def _clocks(hold: str, client: Client, setting: Setting) -> Clocks | None:
     if hold == "plan":
         return LeaseClocks(client)
     if hold == "daemon":
-        slos = setting.classes.slos.values()
-        strictest = min(slos, key=lambda slo: (slo.ttft_s, slo.tbt_s))
-        return ReplicaClocks(client, setting.model.name, {}, strictest)
+        slo, classes = setting.classes.by_prompt()
+        return ReplicaClocks(client, setting.model.name, {}, slo, classes)
     return None
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from powerd.config import Config, StaticReplica
 from powerd.errors import ConfigError, RequestError
 from powerd.model import SloClass
-from powerd.policytable import instance_policy
+from powerd.policytable import instance_policy, promise
 from powerd.replicatypes import ENGINES, ReplicaRequest, SloSpec
 from powerd.scrape import source_of
 
@@ -35,7 +35,7 @@ def check_replica(request: ReplicaRequest, allowed_hosts: str, profile_dir: str)
     check_slo(request.slo)
     source_of(request.metrics_url, allowed_hosts)
     if request.profile is not None:
-        instance_policy(request.profile, profile_dir, request.tp, request.slo, (1,), 1.0, 1.0)
+        instance_policy(request.profile, profile_dir, request.tp, promise(request.slo.ttft_s, request.slo.tbt_s), (1,), 1.0, 1.0)
 
 
 def check_slo(slo: SloSpec) -> None:

@@ -64,8 +64,8 @@ class Classes:
     def by_prompt(self) -> tuple[Slo, tuple[PromptSlo, ...]]:
         """Return what an instance that serves all classes promises: the SLO of the longest prompts, and shorter ones' TTFTs.
 
-        Classes that differ in their answers only, which nobody knows beforehand, get the strictest of theirs; so do shorter prompts
-        than those of a stricter class. TBT is one: all requests of an instance share its iterations.
+        Classes that differ in their answers only, which nobody knows beforehand, get the strictest of theirs; so do prompts that
+        are shorter than those of a stricter class. TBT is one: all requests of an instance share its iterations.
         """
         ttfts_s = [min(slo.ttft_s for name, slo in self.slos.items() if name[0] == size) for size in SIZES]
         ttfts_s = [min(ttfts_s[n:]) for n in range(len(SIZES))]

@@ -63,7 +63,7 @@ class _Coming:
 class InstanceController:
     """Holds one instance at the clock of least power that keeps ``slo`` for what runs, waits and is to come within a period.
 
-    ``classes``, the shortest prompts first, have TTFTs of their own: that of ``slo`` is then that of all longer prompts. Each class
+    ``classes``, the shortest prompts first, have TTFTs of their own: that of ``slo`` is then that of all longer ones. Each class
     is judged by the lengths that the load tells of it, or all by the strictest TTFT where it tells none. Infinite: no promise.
     ``peers`` instances share the arrivals by load, this one among them: the more there are, the less one has to keep in hand.
     ``share_late`` of the requests may miss their TTFT. ``floor_mhz`` is what the pool above asks for at least,

@@ -36,6 +36,7 @@ class Engine:
     prompts: list[float] | None = None  # tokens of those that have ended; None: no such histogram
     labels: str = 'engine="0",model_name="test"'
     requests_per_s: float = 0  # from now on, by themselves: 300 prompt tokens, answered in 0.2 s, and 20 tokens 0.03 s apart
+    long_tokens: int = 0  # not 0: beside each of them one with so many prompt tokens, answered in 2 s
     _due: float = 0
     _at_s: float = field(default_factory=time.monotonic)
 
@@ -51,6 +52,11 @@ class Engine:
             self.gaps += [0.03] * 20
             if self.prompts is not None:
                 self.prompts.append(300)
+            if self.long_tokens:
+                self.prompt_tokens += self.long_tokens
+                self.ttft.append(2.0)
+                if self.prompts is not None:
+                    self.prompts.append(self.long_tokens)
         lines = [
             line
             for name, kind, value in (

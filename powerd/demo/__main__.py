@@ -52,9 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         "--training-time", default="stepped", metavar="MODE", help="stepped, or a factor such as x10 (see docs/demo.md)"
     )
     parser.add_argument("--serving-seconds", type=float, default=600.0, metavar="S", help="of the conversation trace")
-    parser.add_argument(
-        "--serving-clocks", default="plan", choices=("plan", "daemon"), help="who holds DynamoLLM's clocks (see docs/demo.md)"
-    )
+    holders = ("plan", "daemon", "daemon-strictest")
+    parser.add_argument("--serving-clocks", default="plan", choices=holders, help="who holds DynamoLLM's (see docs/demo.md)")
     args = parser.parse_args(argv)
     parts = args.parts.split(",")
     if not set(parts) <= set(PARTS) or ("kill" in parts and "sweep" not in parts):

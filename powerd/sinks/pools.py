@@ -83,8 +83,7 @@ class Pools:
             energy_j=sum(used) if used else None, slo_share=_least(s for f in figures for s in (f.ttft.share, f.tbt.share)),
             fresh_replicas=sum(r.fresh for r in members), running=None if running is None else int(running),
             power_w=_sum(r.joules.power_w for r in members),
-            ttft_slo_s=_least(r.request.slo.strictest_ttft_s for r in members),
-            tbt_slo_s=_least(r.request.slo.tbt_s for r in members),
+            ttft_slo_s=_least(r.request.slo.ttft_s for r in members), tbt_slo_s=_least(r.request.slo.tbt_s for r in members),
         )  # fmt: skip
 
     def count(self, metrics: Metrics, replicas: Sequence[Replica]) -> None:
@@ -100,7 +99,7 @@ class Pools:
         metrics.replace("powerd_pool_replicas", {key: len(members) for key, members in pools.items()})
         columns: dict[str, dict[Pool, float | None]] = {
             "fresh_replicas": {k: sum(r.fresh for r in m) for k, m in pools.items()},
-            "ttft_slo_seconds": {k: _least(r.request.slo.strictest_ttft_s for r in m) for k, m in pools.items()},
+            "ttft_slo_seconds": {k: _least(r.request.slo.ttft_s for r in m) for k, m in pools.items()},
             "tbt_slo_seconds": {k: _least(r.request.slo.tbt_s for r in m) for k, m in pools.items()},
             "requests_running": {k: _sum(f.page.running for f in _figures(m)) for k, m in pools.items()},
             "requests_waiting": {k: _sum(f.page.waiting for f in _figures(m)) for k, m in pools.items()},

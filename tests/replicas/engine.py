@@ -39,8 +39,14 @@ class Engine:
     long_tokens: int = 0  # not 0: beside each of them one with so many prompt tokens, answered in 2 s
     _due: float = 0
     _at_s: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def page(self) -> str:
+        """What it serves now, the same in all its parts."""
+        with self._lock:
+            return self._page()
+
+    def _page(self) -> str:
         now_s = time.monotonic()
         passed_s, self._at_s = now_s - self._at_s, now_s
         self._due += self.requests_per_s * passed_s

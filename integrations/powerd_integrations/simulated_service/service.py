@@ -19,7 +19,7 @@ from powerd_integrations.fleet.front import Front, FrontOptions
 from powerd_integrations.fleet.reconfigure import Reconfigurer, Times
 from powerd_integrations.simulated_service.replicas import InProcess
 from powerd_integrations.simulated_service.requests import Planned, Seen, replay
-from powerd_policies.dynamollm.classes import Classes
+from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetController, FleetState
 from powerd_policies.dynamollm.router import Router
@@ -57,7 +57,10 @@ class Served:
 async def serve(
     controller: FleetController, setting: Setting, launcher: InProcess, client: Client, say: Say, *, hold: str
 ) -> Served:
-    """Serve the whole trace; ``hold``: plan (leases), daemon (its instance manager) or nothing sets clocks."""
+    """Serve the whole trace; ``hold``: plan (leases), daemon (its instance manager) or nothing sets clocks.
+
+    daemon-strictest: the instance manager again, told that all prompts are promised the shortest ones' TTFT.
+    """
     import aiohttp
 
     loop = asyncio.get_running_loop()
@@ -115,10 +118,12 @@ def _sum(values: Any) -> float | None:
 def _clocks(hold: str, client: Client, setting: Setting) -> Clocks | None:
     if hold == "plan":
         return LeaseClocks(client)
+    slo, classes = setting.classes.by_prompt()
     if hold == "daemon":
-        slos = setting.classes.slos.values()
-        strictest = min(slos, key=lambda slo: (slo.ttft_s, slo.tbt_s))
-        return ReplicaClocks(client, setting.model.name, {}, strictest)
+        return ReplicaClocks(client, setting.model.name, {}, slo, classes)
+    if hold == "daemon-strictest":
+        strictest_s = min(each.ttft_s for each in setting.classes.slos.values())
+        return ReplicaClocks(client, setting.model.name, {}, Slo(strictest_s, slo.tbt_s))
     return None
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from powerd_policies.dynamollm import optimizer
 from powerd_policies.dynamollm.optimizer import InfeasibleError, Option, Pool, Weights, optimise
 
 OPTIONS = st.builds(
@@ -114,12 +115,29 @@ def test_a_price_on_gpus_trades_watts_for_fewer_of_them() -> None:
     assert optimise([Pool("LL", 1.0, (wide, narrow))], 16, weights=Weights(1.0, 50.0)).pools["LL"][0].option is narrow
 
 
-def test_a_thousand_gpus_are_sharded_within_them() -> None:
-    pools = [
+def many_pools() -> list[Pool]:
+    return [
         Pool(f"{name}", 40.0 + n, tuple(Option(tp, 1980, 0.4 * tp + 0.01 * n, 210.0 * tp + 9 * n) for tp in (2, 4, 8)))
         for n, name in enumerate(("SS", "SM", "SL", "MS", "MM", "ML", "LS", "LM", "LL"))
     ]
+
+
+def test_a_thousand_gpus_are_sharded_within_them() -> None:
+    pools = many_pools()
     found = optimise(pools, 1000)
     assert found.gpus <= 1000
     for pool in pools:
         assert sum(share.count * share.option.holds for share in found.pools[pool.name]) >= pool.load - 1e-6
+
+
+def test_a_machine_too_busy_for_the_solver_makes_no_fleet_infeasible(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = optimise(many_pools(), 1000)
+    monkeypatch.setattr(optimizer, "LIMIT_S", 0.0)
+    assert optimise(many_pools(), 1000).cost == pytest.approx(wanted.cost, rel=optimizer.GAPS[1])
+
+
+def test_a_hundred_gpus_get_the_same_fleet_however_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = [Pool(pool.name, pool.load / 20, pool.options) for pool in many_pools()]
+    wanted = optimise(pools, 100)
+    monkeypatch.setattr(optimizer, "LIMIT_S", 0.0)
+    assert optimise(pools, 100) == wanted

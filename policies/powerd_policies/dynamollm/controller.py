@@ -33,6 +33,7 @@ SURE = 1e-9
 #: A fleet that no parallelism makes large enough is re-sharded only for one that holds so many times more: while four instances
 #: at a time change hands, a third of twelve is missing when it is needed most. Epochs come every five minutes, not at a peak.
 TURN_EARLY, TURN_DUE = 1.5, 1.2
+SHORT = 0.95  # a plan that holds less of the load is short; one that holds as much is within its own margins
 
 
 class Predictor(Protocol):
@@ -68,6 +69,7 @@ class Fleet:
         self._helped = True  # the last decision changed something
         self._cold: bool | None = None  # there is no history; None: not asked yet
         self._lacks = ""
+        self._held = 1.0  # of the load, by the plan
 
     def decide(self, state: FleetState) -> FleetPlan:
         """Return the whole desired fleet."""
@@ -84,7 +86,7 @@ class Fleet:
         self._plan(state, measures, events)
         members = reconcile(state.instances, self.shapes, state.gpus, self.knobs.pairs)
         blind = not self._planned and self.recent.covered_s < self.knobs.fast_s
-        short = self.knobs.backs_off and bool(self._lacks)  # nothing is left that could be given beyond it
+        short = self.knobs.backs_off and self._held < SHORT  # nothing else is left that could be given
         wants, more = self.clocks.decide(state, members, self.pools, measures.max_clock, blind or short)
         events += more
         alive = Counter(member.pool for member in members)
@@ -176,10 +178,11 @@ class Fleet:
                 layout = self._gated(now_s, have, stays, layout, events)
             elif knobs.backs_off and layout.share < (TURN_DUE if due else TURN_EARLY) * stays.share:
                 layout = stays
+        self._held = layout.share
         if layout.lacks != self._lacks:
             self._lacks = layout.lacks
             if layout.lacks:
-                done = "; highest clocks, queues by deadline" if knobs.backs_off else ""
+                done = "; highest clocks, queues by deadline" if knobs.backs_off and layout.share < SHORT else ""
                 events.append(FleetEvent(now_s, "infeasible", "fleet", layout.lacks + done))
             elif knobs.backs_off:
                 events.append(FleetEvent(now_s, "infeasible", "fleet", "the load fits again"))

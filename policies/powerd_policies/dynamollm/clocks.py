@@ -14,7 +14,7 @@ from powerd_policies.dynamollm.budget import Draw, WattBudget
 from powerd_policies.dynamollm.capacity import Capacity, Demand, scaled, total_of
 from powerd_policies.dynamollm.classes import Slo
 from powerd_policies.dynamollm.cluster import Pools
-from powerd_policies.dynamollm.fleet import FleetEvent, FleetState, InstanceState, InstanceWant
+from powerd_policies.dynamollm.fleet import FleetEvent, FleetState, InstanceLoad, InstanceState, InstanceWant
 from powerd_policies.dynamollm.instance import InstanceController
 from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.pool import PoolController
@@ -27,7 +27,7 @@ class Clocks:
 
     def __init__(self, knobs: Knobs, capacity: Capacity, pool: PoolController, recent: Recent) -> None:
         self.knobs, self.capacity, self.pool, self.recent = knobs, capacity, pool, recent
-        self.budget = WattBudget(capacity.model, knobs.budget_w) if knobs.budget_w is not None else None
+        self.budget = WattBudget(capacity.model, knobs.budget_w, knobs.budget_strict) if knobs.budget_w is not None else None
         self.pools: Pools | None = None
         self._promised: dict[str, Slo] = {}
         self._peers: Counter[str] = Counter()
@@ -120,13 +120,16 @@ class Clocks:
         draws, kept = [], {want.id for want in wants}
         for i in state.instances:  # those that drain draw as well, and nobody sets their clocks any more
             if i.id not in kept:
-                draws.append(Draw(i.tp, 1, i.clock_mhz, i.load.prompt_tokens_per_s or 0.0, i.load.output_tokens_per_s or 0.0))
+                draws.append(Draw(i.tp, 1, i.clock_mhz, i.load.prompt_tokens_per_s, i.load.output_tokens_per_s))
         leaving_w = budget.power_w(draws)
         draws = []
         for want in wants:
-            load = by_id[want.id].load if want.id is not None and want.id in by_id else None
-            prompt = (load.prompt_tokens_per_s if load else None) or 0.0
-            output = (load.output_tokens_per_s if load else None) or 0.0
+            # One that starts takes load from others, but for the first fleet, of whose load nobody knows.
+            now = by_id.get(want.id) if want.id is not None else None
+            load = InstanceLoad() if now is None else now.load
+            quiet = (now is None or now.phase == "starting") and bool(by_id)
+            prompt = 0.0 if quiet else load.prompt_tokens_per_s
+            output = 0.0 if quiet else load.output_tokens_per_s
             draws.append(Draw(want.tp, 1, want.clock_mhz, prompt, output))
         ceiling = budget.ceiling(draws, leaving_w)
         self._modelled_w = leaving_w + budget.power_w(draws, ceiling.clock_mhz)

@@ -49,6 +49,7 @@ class Knobs:
     backs_off: bool = False  # whatever falls short of its promises, by plan or as measured, is given more than the model asks for
     pace: Pace | None = None  # answers are written as fast as they are read: tightens the TBT
     budget_w: float | None = None  # for all GPUs of the fleet
+    budget_strict: bool = False  # it holds at every moment, by the most that a clock can draw; False: for the mean of seconds
     weights: Weights = field(default_factory=Weights)
     usd_per_gpu_hour: float | None = None  # with a price of energy: GPUs that are off save this too
     usd_per_kg_carbon: float | None = None  # with a carbon signal: added to the price of energy

@@ -2,9 +2,8 @@
 
 House rules: a request is within its SLO when its first token and the P99 of its own gaps were in time; rejected, late and
 unfinished ones are misses; a figure that does not exist is null, never 0; GPUs that are off count 0 W in ``energy_kwh``, and what
-a GPU without a context draws (72 W) in the figure beside it. ``cost_usd`` is of GPUs that
-are on and, where the scenario states a price of electricity, of their energy at the price of its time. ``tbt_p50_s`` is the
-median over requests of their mean gap,
+a GPU without a context draws (72 W) in the figure beside it. ``cost_usd`` is of GPUs that are on and, where the scenario states a
+price of electricity, of their energy at the price of its time. ``tbt_p50_s`` is the median over requests of their mean gap,
 ``tbt_p99_s`` the P99 over requests of the P99 of their own gaps, which is what the SLO is about.
 """
 

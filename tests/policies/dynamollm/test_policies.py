@@ -160,6 +160,16 @@ def test_a_watt_budget_is_kept() -> None:
     assert any(event.kind == "budget" for event in kept.events)
 
 
+def test_a_strict_watt_budget_is_kept_at_every_moment() -> None:
+    """Also at the begin, when nothing is known of the load."""
+    budget_w = 16_000.0
+    knobs = replace(POLICIES["dynamollm"], budget_w=budget_w, budget_strict=True)
+    kept = run(build("dynamollm", knobs), requests([5.0] * 10), 600.0)
+    assert max(kept.power_w) <= budget_w
+    assert kept.slo >= 0.95
+    assert any(event.kind == "budget" for event in kept.events)
+
+
 @pytest.mark.parametrize("partition", ["prompt", "output", "nine"])
 def test_more_than_one_pool_serves_every_class(partition: str) -> None:
     found = run(build("dynamollm", replace(POLICIES["dynamollm"], partitions=(partition,))), requests([9.0] * 8), 480.0)

@@ -19,13 +19,13 @@ UNLEARN = 0.05  # of a correction that proves too high is forgotten at every loo
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """``count`` instances alike: their clock, and what each computes (tokens per second; None: not known, so the most it can)."""
+    """``count`` instances alike: their clock, and what each computes (tokens per second)."""
 
     tp: int
     count: int
     clock_mhz: int
-    prompt_tokens_per_s: float | None
-    output_tokens_per_s: float | None
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,7 @@ class WattBudget:
             clocks = self.model.clocks_mhz(draw.tp)
             clock = next((each for each in clocks if each <= ceiling_mhz), clocks[-1])
         at = self.model.table[draw.tp, clock]
-        prompt, output = draw.prompt_tokens_per_s, draw.output_tokens_per_s
-        return peak_w(at) if self.strict or prompt is None or output is None else steady_w(at, prompt, output)
+        return peak_w(at) if self.strict else steady_w(at, draw.prompt_tokens_per_s, draw.output_tokens_per_s)
 
 
 def peak_w(at: Coefficients) -> float:

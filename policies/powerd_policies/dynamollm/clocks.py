@@ -14,7 +14,7 @@ from powerd_policies.dynamollm.budget import Draw, WattBudget
 from powerd_policies.dynamollm.capacity import Capacity, Demand, scaled, total_of
 from powerd_policies.dynamollm.classes import Slo
 from powerd_policies.dynamollm.cluster import Pools
-from powerd_policies.dynamollm.fleet import FleetEvent, FleetState, InstanceLoad, InstanceState, InstanceWant
+from powerd_policies.dynamollm.fleet import FleetEvent, FleetState, InstanceState, InstanceWant
 from powerd_policies.dynamollm.instance import InstanceController
 from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.pool import PoolController
@@ -120,16 +120,13 @@ class Clocks:
         draws, kept = [], {want.id for want in wants}
         for i in state.instances:  # those that drain draw as well, and nobody sets their clocks any more
             if i.id not in kept:
-                draws.append(Draw(i.tp, 1, i.clock_mhz, i.load.prompt_tokens_per_s, i.load.output_tokens_per_s))
+                draws.append(Draw(i.tp, 1, i.clock_mhz, i.load.prompt_tokens_per_s or 0.0, i.load.output_tokens_per_s or 0.0))
         leaving_w = budget.power_w(draws)
         draws = []
         for want in wants:
-            # One that starts takes load from others, but for the first fleet, of whose load nobody knows.
-            now = by_id.get(want.id) if want.id is not None else None
-            load = InstanceLoad() if now is None else now.load
-            quiet = (now is None or now.phase == "starting") and bool(by_id)
-            prompt = 0.0 if quiet else load.prompt_tokens_per_s
-            output = 0.0 if quiet else load.output_tokens_per_s
+            load = by_id[want.id].load if want.id is not None and want.id in by_id else None
+            prompt = (load.prompt_tokens_per_s if load else None) or 0.0
+            output = (load.output_tokens_per_s if load else None) or 0.0
             draws.append(Draw(want.tp, 1, want.clock_mhz, prompt, output))
         ceiling = budget.ceiling(draws, leaving_w)
         self._modelled_w = leaving_w + budget.power_w(draws, ceiling.clock_mhz)

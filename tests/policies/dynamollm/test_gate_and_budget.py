@@ -102,10 +102,3 @@ def test_a_strict_budget_holds_whatever_the_instances_compute_and_never_counts_o
             draw.count * draw.tp * max(at.iteration_j(p, d) / at.iteration_s(p, d) for p, d in ((512, 0), (0, 256), (512, 40)))
         )
     assert top_w <= budget_w or not found.kept
-
-
-def test_an_instance_of_which_nothing_is_known_is_reckoned_with_the_most_it_can_draw() -> None:
-    known, unknown = Draw(4, 10, 1980, 2000.0, 500.0), Draw(4, 10, 1980, None, None)
-    budget = WattBudget(MODEL, 20_000.0)
-    assert budget.power_w([unknown]) > 1.3 * budget.power_w([known])
-    assert budget.power_w([unknown]) == WattBudget(MODEL, 20_000.0, strict=True).power_w([known])

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from benchmarks import load
-from powerd.api import EnergyFigure
+from powerd.api import EnergyFigure, LabelEnergy
 from powerd.clock import NS, RealClock, Waiter
 from powerd.config import HwConfig
 from powerd.energy import SensorErrors
@@ -130,11 +130,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One window's answer beside the truth."""
+    """An estimate with its interval beside the truth."""
 
-    seconds: float
+    figure: EnergyFigure | LabelEnergy
     true_j: float
-    figure: EnergyFigure
 
     @property
     def covered(self) -> bool:
@@ -157,6 +156,14 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredWindow(Scored):
+    """One window's answer beside the truth."""
+
+    figure: EnergyFigure
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """One campaign: so many windows of 2-30 s at random phase on one node."""
 
@@ -171,7 +178,7 @@ class Setup:
     errors: SensorErrors = field(default_factory=SensorErrors)
 
 
-def campaign(setup: Setup, progress: Callable[[float], None] | None = None) -> list[Scored]:
+def campaign(setup: Setup, progress: Callable[[float], None] | None = None) -> list[ScoredWindow]:
     """Run it and score every window against the truth."""
     with polled_node(setup.model, setup.gpus, setup.seed, counter=setup.counter) as (node, poller):
         return asyncio.run(_Campaign(node, poller, setup, progress).go())
@@ -186,7 +193,7 @@ class _Campaign:
         windows = setup.windows
         self._loads = [Load(node, gpu, rng) for gpu in range(node.gpus)]
         self._events: list[tuple[int, int, Callable[[], None]]] = []
-        self._scored: list[Scored] = []
+        self._scored: list[ScoredWindow] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._count = 0
         begin = node.now_ns()
@@ -226,10 +233,10 @@ class _Campaign:
     async def _score(self, window: str, true_j: float) -> None:
         view = await self._windows.end(window, self._setup.wait)
         assert view.duration_s is not None
-        self._scored.append(Scored(view.duration_s, true_j, view.figures[0]))
+        self._scored.append(ScoredWindow(view.figures[0], true_j, view.duration_s))
         self._left -= 1
 
-    async def go(self) -> list[Scored]:
+    async def go(self) -> list[ScoredWindow]:
         ended = 0
         while self._left:
             at_ns, _, what = heapq.heappop(self._events)
@@ -246,7 +253,7 @@ class _Campaign:
         return self._scored
 
 
-def summary(scored: list[Scored]) -> dict[str, float]:
+def summary(scored: list[ScoredWindow]) -> dict[str, float]:
     """The figures that are reported: coverage, errors from 10 s on, widths of the interval."""
     long = [s for s in scored if s.seconds >= 10]
     short = [s for s in scored if s.seconds < 5]

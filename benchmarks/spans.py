@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks import load
-from benchmarks.energy import NodeClock, Poller, polled_node
+from benchmarks.energy import NodeClock, Poller, Scored, polled_node
 from powerd.api import LabelEnergy, Span, SpansRequest, SpansView
 from powerd.clock import NS
 from powerd.sim.node import SimNode
@@ -55,31 +55,11 @@ SETUPS: dict[str, Setup] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredLabel(Scored):
     """One label of one request beside the truth."""
 
-    label: LabelEnergy
-    true_j: float
+    figure: LabelEnergy
     samples: int
-
-    @property
-    def covered(self) -> bool:
-        """Whether the truth lies in the interval."""
-        low, high = self.label.low_j, self.label.high_j
-        return low is not None and high is not None and low <= self.true_j <= high
-
-    @property
-    def error(self) -> float:
-        """Signed relative error."""
-        assert self.label.energy_j is not None
-        return self.label.energy_j / self.true_j - 1
-
-    @property
-    def width(self) -> float:
-        """Half the interval relative to the truth."""
-        assert self.label.low_j is not None
-        assert self.label.high_j is not None
-        return (self.label.high_j - self.label.low_j) / 2 / self.true_j
 
 
 class _Stage:
@@ -117,17 +97,17 @@ class _Stage:
                 yield self._node.now_ns() + pause_ns
 
 
-def campaign(setup: Setup) -> list[Scored]:
+def campaign(setup: Setup) -> list[ScoredLabel]:
     """Run it and score every label of every request against the truth."""
     with polled_node(setup.model, setup.gpus, setup.seed, counter=setup.counter) as (node, poller):
         return asyncio.run(_go(node, poller, setup))
 
 
-async def _go(node: SimNode, poller: Poller, setup: Setup) -> list[Scored]:
+async def _go(node: SimNode, poller: Poller, setup: Setup) -> list[ScoredLabel]:
     rng = random.Random(setup.seed)  # noqa: S311
     period_ns = round(NS / setup.sample_hz)
     service = EnergySpans(NodeClock(node), period_ns)
-    scored: list[Scored] = []
+    scored: list[ScoredLabel] = []
     begin_ns, tick = node.now_ns() + round(rng.uniform(0, period_ns)), 0
 
     def move(until_ns: int) -> None:
@@ -163,16 +143,16 @@ async def _go(node: SimNode, poller: Poller, setup: Setup) -> list[Scored]:
     return scored
 
 
-def _score(view: SpansView, stage: _Stage) -> list[Scored]:
+def _score(view: SpansView, stage: _Stage) -> list[ScoredLabel]:
     true_j: dict[str, float] = {"": stage.bubble_j}
     for span, joules in zip(stage.spans, stage.true_j, strict=True):
         true_j[span.label] = true_j.get(span.label, 0.0) + joules
-    return [Scored(label, true_j[label.label], view.samples) for label in view.labels]
+    return [ScoredLabel(label, true_j[label.label], view.samples) for label in view.labels]
 
 
-def summary(scored: list[Scored]) -> dict[str, float]:
+def summary(scored: list[ScoredLabel]) -> dict[str, float]:
     """The figures that are reported."""
-    work = [s for s in scored if s.label.label]
+    work = [s for s in scored if s.figure.label]
     return {
         "labels": len(scored),
         "covered_percent": 100 * sum(s.covered for s in scored) / len(scored),
@@ -180,5 +160,5 @@ def summary(scored: list[Scored]) -> dict[str, float]:
         "mean_error_percent": 100 * statistics.fmean(s.error for s in work),
         "worst_error_percent": 100 * max(abs(s.error) for s in work),
         "median_half_width_percent": 100 * statistics.median(s.width for s in work),
-        "worst_error_of_bubbles_percent": 100 * max((abs(s.error) for s in scored if not s.label.label), default=0.0),
+        "worst_error_of_bubbles_percent": 100 * max((abs(s.error) for s in scored if not s.figure.label), default=0.0),
     }

@@ -42,14 +42,20 @@ def _refuse_unknown(content: Any, kind: Any, where: str) -> None:
                 _refuse_unknown(item, kind_of_item, where)
 
 
-def decode(body: bytes, kind: type[T]) -> T:
-    """The request in a body. RequestError when it is not JSON, not of this type, or has unknown fields."""
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body; RequestError when it is anything else."""
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", hint="send one JSON object") from error
     if not isinstance(content, dict):
         raise RequestError("the body has to be a JSON object")
+    return content
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """The request in a body. RequestError when it is not JSON, not of this type, or has unknown fields."""
+    content = json_object(body)
     _refuse_unknown(content, kind, "")
     try:
         return msgspec.convert(content, kind)

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from powerd.clock import Clock, standing
+from powerd.decode import json_object
 from powerd.errors import PowerdError, RequestError, UnavailableError
 from powerd.log import log
 
@@ -108,12 +109,7 @@ def request(body: bytes) -> bytes:
 
     A job (docs/perseus.md) with ``profile_rows`` and ``deadline`` among its keys, or apart from it: ``{"job": {...}, ...}``.
     """
-    try:
-        content = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {error}", hint="send one JSON object") from error
-    if not isinstance(content, dict):
-        raise RequestError("the body has to be a JSON object")
+    content = json_object(body)
     apart = {key: content.pop(key) for key in ("profile_rows", "deadline") if key in content}
     job = content.pop("job") if "job" in content else content
     if isinstance(job, dict) and "profile" in job:

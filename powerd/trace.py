@@ -13,6 +13,7 @@ from collections import deque
 
 from powerd.api import SpansRequest, SpansView
 from powerd.clock import NS, Clock, standing
+from powerd.closing import ClosingSample
 from powerd.energy import SensorErrors
 from powerd.errors import RequestError
 from powerd.model import EnergyMethod, Health, Reading, Snapshot
@@ -22,7 +23,6 @@ KEEP_NS = 600 * NS
 CHUNK = 256  # samples
 MAX_CHUNKS = 240  # 61,440 samples: ten minutes at 100 Hz, the fastest sampling there is
 _AHEAD_NS = NS // 10  # by so much a span may end after now: stamps of another core
-_PATIENCE_NS = NS  # how long the closing sample is waited for
 _NONE = -1  # of powers, energies and clocks: none was read
 
 
@@ -118,15 +118,14 @@ class EnergySpans:
 
     def __init__(self, clock: Clock, period_ns: int, errors: SensorErrors | None = None) -> None:
         self._clock = clock
-        self._period_ns = period_ns
+        self._samples = ClosingSample(clock, period_ns)
         self._errors = errors or SensorErrors()
         self._traces: dict[str, Trace] = {}
-        self._news: asyncio.Event | None = None
         self._fitting = asyncio.Semaphore(1)  # a tenth of a second, one at a time: the loop shares the interpreter
 
     def sampled_every(self, period_ns: int) -> None:
         """Samples come at another rate from now on."""
-        self._period_ns = period_ns
+        self._samples.period_ns = period_ns
 
     def observe(self, snapshot: Snapshot) -> None:
         """Keep one snapshot; call it at every tick."""
@@ -135,9 +134,7 @@ class EnergySpans:
             if trace is None:
                 trace = self._traces[reading.uuid] = Trace()
             trace.add(reading)
-        if self._news is not None:
-            self._news.set()
-            self._news = None
+        self._samples.come()
 
     async def answer(self, request: SpansRequest) -> SpansView:
         """The energy of every label; RequestError ``bad_value``, ``unknown_gpu`` or ``too_many`` that names the span."""
@@ -153,21 +150,8 @@ class EnergySpans:
                 hint="stamps are CLOCK_BOOTTIME nanoseconds of this node",
             )  # fmt: skip
         if request.wait:
-            await self._closing_sample(trace, end_ns)
-        cut = trace.cut(begin_ns, end_ns, max(NS, 4 * self._period_ns))
+            await self._samples.wait(end_ns, lambda: not trace.lost and trace.newest_seen_ns < end_ns)
+        cut = trace.cut(begin_ns, end_ns, max(NS, 4 * self._samples.period_ns))
         with standing(self._clock):  # work of this process takes no simulated time
             async with self._fitting:
                 return await asyncio.to_thread(estimate, request.uuid, request.spans, cut, self._errors)
-
-    async def _closing_sample(self, trace: Trace, end_ns: int) -> None:
-        deadline_ns = end_ns + max(_PATIENCE_NS, 4 * self._period_ns)
-        while not trace.lost and trace.newest_seen_ns < end_ns:
-            left_ns = deadline_ns - self._clock.now_ns()
-            if left_ns <= 0:
-                return
-            if self._news is None:
-                self._news = asyncio.Event()
-            try:
-                await asyncio.wait_for(self._news.wait(), left_ns / NS)
-            except TimeoutError:
-                return

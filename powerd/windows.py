@@ -6,13 +6,13 @@ the number of open windows is bounded, and a GPU that is gone is told, never gue
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from powerd.api import EnergyFigure, WindowView
 from powerd.clock import NS, Clock
+from powerd.closing import ClosingSample
 from powerd.energy import Edge, SensorErrors, Track, figure
 from powerd.errors import RequestError
 from powerd.model import Snapshot
@@ -37,17 +37,16 @@ class EnergyWindows:
 
     def __init__(self, clock: Clock, period_ns: int, errors: SensorErrors | None = None, max_open: int = MAX_OPEN) -> None:
         self._clock = clock
-        self._period_ns = period_ns
+        self._samples = ClosingSample(clock, period_ns)
         self._errors = errors or SensorErrors()
         self._max_open = max_open
         self._tracks: dict[str, Track] = {}
         self._open: dict[str, _Window] = {}
         self._unsettled: list[_Window] = []
-        self._news: asyncio.Event | None = None
 
     def sampled_every(self, period_ns: int) -> None:
         """Samples come at another rate from now on."""
-        self._period_ns = period_ns
+        self._samples.period_ns = period_ns
         for track in self._tracks.values():
             track.period_ns = period_ns
 
@@ -61,13 +60,11 @@ class EnergyWindows:
         for reading in snapshot.readings:
             track = tracks.get(reading.uuid)
             if track is None:
-                track = tracks[reading.uuid] = Track(self._errors, self._period_ns)
+                track = tracks[reading.uuid] = Track(self._errors, self._samples.period_ns)
             track.add(reading)
         if self._unsettled:
             self._unsettled = [w for w in self._unsettled if not self._settle(w, snapshot.time_ns)]
-        if self._news is not None:
-            self._news.set()
-            self._news = None
+        self._samples.come()
 
     def _settle(self, window: _Window, now_ns: int) -> bool:
         """Read off the edges of the beginning as soon as the samples after it are there."""
@@ -110,25 +107,12 @@ class EnergyWindows:
         now = self._clock.now_ns()
         window = self._take(id)
         if wait:
-            await self._closing_samples(window, now)
+            tracks = [self._tracks[uuid] for uuid in window.gpus]
+            await self._samples.wait(now, lambda: any(not track.lost and track.newest_ns < now for track in tracks))
         figures = tuple(
             figure(uuid, self._tracks[uuid], self._begin_edge(window, uuid), self._tracks[uuid].edge(now)) for uuid in window.gpus
         )
         return self._view(window, now, figures)
-
-    async def _closing_samples(self, window: _Window, end_ns: int) -> None:
-        deadline_ns = end_ns + max(_PATIENCE_NS // 2, 4 * self._period_ns)
-        tracks = [self._tracks[uuid] for uuid in window.gpus]
-        while any(not track.lost and track.newest_ns < end_ns for track in tracks):
-            left_ns = deadline_ns - self._clock.now_ns()
-            if left_ns <= 0:
-                return
-            if self._news is None:
-                self._news = asyncio.Event()
-            try:
-                await asyncio.wait_for(self._news.wait(), left_ns / NS)
-            except TimeoutError:
-                return
 
     def drop(self, id: str) -> None:
         """Forget a window whose owner is gone; an unknown id is a RequestError ``not_found``."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.dynamollm import ablation, accuracy, parts, sensitivity, speed, study, traces
+from benchmarks.dynamollm import ablation, accuracy, apart, parts, sensitivity, speed, study, traces
 from benchmarks.dynamollm.study import BASE, FULL, STATIC, saving
 from benchmarks.report import Progress, Report, Table, bar, write
 from powerd.sim.replay import session
@@ -100,12 +100,19 @@ def _speed(report: Report, progress: Progress, options: Options) -> bool:
     return speed.measure(report, traces.hour(), week, session.scenario(None), progress)
 
 
+def _phases(report: Report, progress: Progress, options: Options) -> bool:
+    report.title = "prefill and decode apart, the hour, modelled"
+    loads = (1.0,) if options.quick else study.LOADS
+    return apart.measure(report, traces.hour(), session.scenario(None), loads, progress)
+
+
 PARTS: dict[str, Callable[[Report, Progress, Options], bool]] = {
     "hour": _study(traces.hour, study.LOADS),
     "day": _study(traces.day, study.LOADS),
     "week": _study(traces.week, study.LOADS),
     "ablation": _ablation,
     "sensitivity": _sensitivity,
+    "phases": _phases,
     "speed": _speed,
     "parts": lambda report, progress, options: parts.measure(report, progress),
     "accuracy": lambda report, progress, options: accuracy.measure(report, progress),

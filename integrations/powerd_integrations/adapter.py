@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from powerd.client import Client
-from powerd_integrations.pipeline import Conductor, HostTiming, Options, State, Timing, launch
+from powerd_integrations.pipeline import Conductor, HostTiming, Options, Place, State, Timing, launch
 
 if TYPE_CHECKING:
     from powerd_integrations.pipeline.recorded import RankOrder
@@ -75,24 +75,68 @@ def connect(
     """This rank's conductor; collective. The groups are world ranks, the pipeline's in the order of its stages."""
     import torch.distributed as dist
 
-    from powerd_integrations import torch_pipeline
-
-    exchange = torch_pipeline.TorchExchange()
-    place = torch_pipeline.place_in(
-        exchange.gather((list(pipeline_ranks), list(tensor_ranks))), dist.get_rank(), launch(os.environ).local_rank
-    )
+    exchange = TorchExchange()
+    groups = exchange.gather((list(pipeline_ranks), list(tensor_ranks)))
+    place = place_in(groups, dist.get_rank(), launch(os.environ).local_rank)
     own = client or Client(on_error="log")
     conductor = Conductor(
-        place, exchange, own, uuid=gpu or torch_pipeline._uuid(device), order=order, options=options, shape=shape,
+        place, exchange, own, uuid=gpu or _uuid(device), order=order, options=options, shape=shape,
         timing=_timing(timing, device, own),
     )  # fmt: skip
     return Handle(conductor, own if client is None else None)
 
 
-def _timing(name: str, device: Any, client: Client) -> Timing:
-    from powerd_integrations import torch_pipeline
+class TorchExchange:
+    """All ranks of the job over a gloo group of our own, so that our words never mix with training's."""
 
-    return HostTiming(client.now_ns) if name == "cpu" else torch_pipeline._timing(name, device, client)
+    def __init__(self) -> None:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        self._dist = dist
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+        self._size = dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        said: list[Any] = [None] * self._size
+        self._dist.all_gather_object(said, value, group=self._group)
+        return said
+
+
+def place_in(groups: Sequence[tuple[Sequence[int], Sequence[int]]], world_rank: int, local_rank: int = 0) -> Place:
+    """The place of a rank, from every rank's (pipeline group, tensor-parallel group) as world ranks.
+
+    Pipelines are numbered by their lowest rank; a pipeline group's tensor-parallel peers are those of its first rank.
+    """
+    pipelines: dict[tuple[int, ...], dict[int, int]] = {}  # first rank's peers -> first rank -> its peer number
+    for members, _ in groups:
+        peers = tuple(sorted(groups[members[0]][1]))
+        pipelines.setdefault(peers, {})[members[0]] = peers.index(members[0])
+    mine = groups[world_rank][0]
+    peers = tuple(sorted(groups[mine[0]][1]))
+    numbers = {key: n for n, key in enumerate(sorted(pipelines))}
+    return Place(
+        numbers[peers], list(mine).index(world_rank), pipelines[peers][mine[0]], len(numbers), len(mine), len(peers), local_rank
+    )
+
+
+def _timing(name: str, device: Any, client: Client) -> Timing:
+    if name == "cpu" or (name == "auto" and device.type != "cuda"):
+        return HostTiming(client.now_ns)
+    from powerd_integrations.torch_timing import EventTiming, SyncTiming
+
+    return SyncTiming(client.now_ns, device) if name == "sync" else EventTiming(client.now_ns, device)
+
+
+def _uuid(device: Any) -> str | None:
+    """The UUID of a CUDA device as NVML spells it; None when torch does not tell."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else f"GPU-{uuid}"
 
 
 def quietly(connecting: Callable[[], Handle]) -> Handle:

@@ -18,73 +18,30 @@ its two halves. The order is derived from the schedule and compared with a recor
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import logging
-import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from powerd.client import Client
-from powerd_integrations.pipeline import Conductor, HostTiming, Options, Place, State, Timing, launch
-from powerd_integrations.pipeline.recorded import RankOrder
+from powerd_integrations.adapter import Handle, check_timing, connect, quietly
+from powerd_integrations.pipeline import Conductor, Options
 
-log = logging.getLogger("powerd.pipeline")
+if TYPE_CHECKING:
+    from powerd.client import Client
+    from powerd_integrations.pipeline.recorded import RankOrder
 
 #: torch's _ComputationType by value -> kind of instruction.
 KINDS = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
 METHODS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
 
 
-class Handle:
-    """What ``optimize`` did: ``state``, the ``plan`` in force, and ``detach`` to undo it."""
-
-    def __init__(self, conductor: Conductor | None, client: Client | None, schedule: Any, stages: Sequence[Any]) -> None:
-        self.conductor, self._client, self._schedule, self._stages = conductor, client, schedule, stages
-        self._wrapped: list[tuple[Any, str, Any]] = []  # and what somebody else had put there before
-        if conductor is not None:
-            self._wrap(conductor)
-            atexit.register(self.detach)
-
-    @property
-    def state(self) -> State:
-        """Where the job stands."""
-        return State.OFF if self.conductor is None else self.conductor.state
-
-    @property
-    def plan(self) -> dict[str, Any] | None:
-        """This pipeline's plan: its times, energies and clocks; None before there is one."""
-        return None if self.conductor is None else self.conductor.plan
-
-    def detach(self) -> None:
-        """Give the schedule and its stages back as they were and the clocks to whoever else has a say; twice is harmless."""
-        for instance, name, before in self._wrapped:
-            instance.__dict__.pop(name, None)
-            if before is not None:
-                instance.__dict__[name] = before
-        self._wrapped = []
-        conductor, self.conductor = self.conductor, None
-        if conductor is not None:
-            conductor.close()
-            atexit.unregister(self.detach)
-        if self._client is not None:
-            self._client.close()
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
-
-    def _wrap(self, conductor: Conductor) -> None:
-        for stage in self._stages:
-            for name in METHODS:
-                self._put(stage, name, _instruction(conductor, stage, name, getattr(stage, name)))
-        self._put(self._schedule, "step", _step(conductor, self._schedule.step))
-
-    def _put(self, instance: Any, name: str, wrapped: Callable[..., Any]) -> None:
-        self._wrapped.append((instance, name, instance.__dict__.get(name)))
-        instance.__dict__[name] = wrapped
+def _wrap(handle: Handle, conductor: Conductor, schedule: Any, stages: Sequence[Any]) -> None:
+    """Put ours on this schedule and these stages, and into the handle how to take it off again."""
+    wrapped = [(stage, n, _instruction(conductor, stage, n, getattr(stage, n))) for stage in stages for n in METHODS]
+    for instance, name, ours in (*wrapped, (schedule, "step", _step(conductor, schedule.step))):
+        own = instance.__dict__  # in which somebody else may have put something before
+        handle.undo.append(partial(own.update, {name: own[name]}) if name in own else partial(own.pop, name, None))
+        own[name] = ours
 
 
 def _instruction(conductor: Conductor, stage: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,41 +127,6 @@ def _flat(actions: Sequence[Any]) -> list[tuple[int, str, int]]:
     return found
 
 
-class TorchExchange:
-    """All ranks of the job over a gloo group of our own, so that our words never mix with training's."""
-
-    def __init__(self) -> None:
-        from datetime import timedelta
-
-        import torch.distributed as dist
-
-        self._dist = dist
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-        self._size = dist.get_world_size()
-
-    def gather(self, value: Any) -> list[Any]:
-        said: list[Any] = [None] * self._size
-        self._dist.all_gather_object(said, value, group=self._group)
-        return said
-
-
-def place_in(groups: Sequence[tuple[Sequence[int], Sequence[int]]], world_rank: int, local_rank: int = 0) -> Place:
-    """The place of a rank, from every rank's (pipeline group, tensor-parallel group) as world ranks.
-
-    Pipelines are numbered by their lowest rank; a pipeline group's tensor-parallel peers are those of its first rank.
-    """
-    pipelines: dict[tuple[int, ...], dict[int, int]] = {}  # first rank's peers -> first rank -> its peer number
-    for members, _ in groups:
-        peers = tuple(sorted(groups[members[0]][1]))
-        pipelines.setdefault(peers, {})[members[0]] = peers.index(members[0])
-    mine = groups[world_rank][0]
-    peers = tuple(sorted(groups[mine[0]][1]))
-    numbers = {key: n for n, key in enumerate(sorted(pipelines))}
-    return Place(
-        numbers[peers], list(mine).index(world_rank), pipelines[peers][mine[0]], len(numbers), len(mine), len(peers), local_rank
-    )
-
-
 def optimize(
     schedule: Any,
     *,
@@ -223,14 +145,8 @@ def optimize(
     All other options are those of ``powerd_integrations.pipeline.Options``; they and ``timing`` raise RequestError, ValueError.
     """
     chosen = Options(**options)
-    if timing not in ("auto", "cpu", "event", "sync"):
-        raise ValueError(f"timing is auto, cpu, event or sync, not {timing!r}")
-    try:
-        return _optimize(schedule, chosen, client, gpu, timing, tensor_parallel_group, shape)
-    except Exception as error:
-        log.warning("powerd: training goes on without it: %s: %s", type(error).__name__, error)
-        log.debug("optimize failed", exc_info=True)
-        return Handle(None, None, schedule, ())
+    check_timing(timing)
+    return quietly(lambda: _optimize(schedule, chosen, client, gpu, timing, tensor_parallel_group, shape))
 
 
 def _optimize(
@@ -239,42 +155,15 @@ def _optimize(
     import torch.distributed as dist
 
     stages = stages_of(schedule)
-    exchange = TorchExchange()
-    rank = dist.get_rank()
-    pipeline_ranks = dist.get_process_group_ranks(stages[0].group or dist.group.WORLD)
-    tensor_ranks = [rank] if tensor_group is None else dist.get_process_group_ranks(tensor_group)
-    place = place_in(exchange.gather((pipeline_ranks, tensor_ranks)), rank, launch(os.environ).local_rank)
-    own = client or Client(on_error="log")
-    device = stages[0].device
-    conductor = Conductor(
-        place,
-        exchange,
-        own,
-        uuid=gpu or _uuid(device),
-        order=order_of(schedule),
-        options=options,
+    handle = connect(
+        dist.get_process_group_ranks(stages[0].group or dist.group.WORLD),
+        [dist.get_rank()] if tensor_group is None else dist.get_process_group_ranks(tensor_group),
+        device=stages[0].device, order=order_of(schedule), options=options, client=client, gpu=gpu, timing=timing,
         shape=lambda: _shape(stages, shape),
-        timing=_timing(timing, device, own),
-    )
-    return Handle(conductor, own if client is None else None, schedule, stages)
-
-
-def _timing(name: str, device: Any, client: Client) -> Timing:
-    if name == "cpu" or (name == "auto" and device.type != "cuda"):
-        return HostTiming(client.now_ns)
-    from powerd_integrations.torch_timing import EventTiming, SyncTiming
-
-    return SyncTiming(client.now_ns, device) if name == "sync" else EventTiming(client.now_ns, device)
-
-
-def _uuid(device: Any) -> str | None:
-    """The UUID of a CUDA device as NVML spells it; None when torch does not tell."""
-    if device.type != "cuda":
-        return None
-    import torch
-
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    return None if uuid is None else f"GPU-{uuid}"
+    )  # fmt: skip
+    if handle.conductor is not None:
+        _wrap(handle, handle.conductor, schedule, stages)
+    return handle
 
 
 def _shape(stages: Sequence[Any], also: str) -> str:

@@ -14,16 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from powerd_integrations.pipeline.timing import Send
+from powerd_integrations.pipeline.timing import HostTiming, Send
 
 POLL_S = 50e-6
 KEPT_EVENTS = 100_000
 
 
-class SyncTiming:
+class SyncTiming(HostTiming):
     """The CPU waits for the GPU at every begin and end: exact and simple, but the GPU's queue runs dry each time."""
-
-    lags = False
 
     def __init__(self, now_ns: Callable[[], int], device: Any) -> None:
         import torch
@@ -34,16 +32,7 @@ class SyncTiming:
             stream(device).synchronize()
             return now_ns()
 
-        self.mark: Callable[[], Any] = mark
-
-    def announce(self, mark: Any, send: Send, step: int, index: int) -> None:
-        send(step, index)
-
-    def resolve(self, marks: Sequence[Any]) -> list[int]:
-        return list(marks)
-
-    def close(self) -> None:
-        return None
+        super().__init__(mark)
 
 
 class EventTiming:

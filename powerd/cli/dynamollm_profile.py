@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from powerd_policies.dynamollm.classes import Classes
     from powerd_policies.dynamollm.profile import ProfilePoint
 
+EXIT_INTERRUPTED = 130
 PATIENCE = 2.0  # times the measured seconds that the last answers may take
 HEAD = "class,tp,clock_mhz,requests_per_s,energy_per_request_j,ttft_p99_s,tbt_p99_s,power_w,feasible,source"
 
@@ -52,6 +54,7 @@ class About:
     simulated: bool
     seconds: float
     seed: int
+    context_tokens: int | None = None
 
 
 def profile(
@@ -101,7 +104,9 @@ def profile(
     if (wanted := tp or len(found)) != len(found):
         raise RequestError(f"TP {wanted} runs on {wanted} GPUs, {len(found)} are named", hint="name them with --gpus")
     at_clocks = parse_clocks(clocks, sorted(set.intersection(*(set(c.sm_clocks_mhz) for c in found))))
-    cells = [Cell(name, clock, rate) for name in chosen for clock in at_clocks for rate in _rates(rates)]
+    loads = _rates(rates)
+    _that_come(loads, warmup, seconds, seed)
+    cells = [Cell(name, clock, rate) for name in chosen for clock in at_clocks for rate in loads]
     label = f" ({simulated(node)})" if node.simulated else ""
     if dry_run:
         print(
@@ -113,8 +118,11 @@ def profile(
     )
     drawn = _lengths(lengths, classes, chosen)
     job = _Job(client, node, uuids, endpoint.rstrip("/"), classes, drawn, seconds, warmup, seed)
-    code = run(from_environment(), _measure(job, cells, about, output))
-    _tell(output, label)
+    code = run(from_environment(), _until_interrupted(_measure(job, cells, about, output)))
+    if code == EXIT_INTERRUPTED:
+        note(f"interrupted: {output} holds what was measured, and the same command goes on there")
+    else:
+        _tell(output, label)
     raise typer.Exit(code)
 
 
@@ -126,6 +134,17 @@ def _rates(text: str) -> list[float]:
     if not values or values[0] <= 0:
         raise RequestError(f"{text!r} are no rates", hint="write requests per second, such as 0.5,1,2", code="bad_value")
     return values
+
+
+def _that_come(rates: Sequence[float], warmup_s: float, seconds: float, seed: int) -> None:
+    """RequestError when a load is so low that none of its requests would be measured."""
+    from powerd.cli.endpointload import poisson
+
+    for rate in rates:
+        if not any(at_s >= warmup_s for at_s in poisson(rate, warmup_s + seconds, seed)):
+            raise RequestError(
+                f"at {rate:g}/s no request comes in the {seconds:g} s that are measured", hint="give more --seconds"
+            )
 
 
 def _lengths(path: Path | None, classes: Classes, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
@@ -144,6 +163,21 @@ def _lengths(path: Path | None, classes: Classes, names: Sequence[str]) -> dict[
     return found
 
 
+def _that_fit(lengths: dict[str, list[tuple[int, int]]], context_tokens: int | None) -> dict[str, list[tuple[int, int]]]:
+    """Those that the endpoint's context holds: what is longer it refuses, or answers with fewer tokens without saying so."""
+    if context_tokens is None:
+        return lengths
+    fit = {name: [pair for pair in pairs if sum(pair) <= context_tokens] for name, pairs in lengths.items()}
+    for name, pairs in fit.items():
+        context = f"the endpoint's context of {context_tokens} tokens"
+        if not pairs:
+            shortest = f"the shortest has {min(map(sum, lengths[name]))}"
+            raise RequestError(f"{context} holds no request of class {name}: {shortest}", hint="leave it out of --classes")
+        if left_out := 1 - len(pairs) / len(lengths[name]):
+            note(f"class {name}: {left_out:.1%} of the requests are longer than {context} and left out")
+    return fit
+
+
 @dataclass(frozen=True)
 class _Job:
     client: Client
@@ -155,6 +189,22 @@ class _Job:
     seconds: float
     warmup_s: float
     seed: int
+    model: str = ""
+    ids: range = range(0)
+
+
+async def _until_interrupted(work: Coroutine[Any, Any, int]) -> int:
+    """Do it, and on the first SIGINT or SIGTERM end what is in flight and give the lease back."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return EXIT_INTERRUPTED
 
 
 async def _measure(job: _Job, cells: Sequence[Cell], about: About, output: Path) -> int:
@@ -162,25 +212,27 @@ async def _measure(job: _Job, cells: Sequence[Cell], about: About, output: Path)
 
     import aiohttp
 
-    from powerd.cli.endpointload import connector, model_of
+    from powerd.cli.endpointload import connector, served, token_ids
 
     async with aiohttp.ClientSession(**connector()) as session:
-        model = await model_of(session, job.endpoint)
-        done = _begin(output, About(**{**asdict(about), "endpoint_model": model}))
+        found = await served(session, job.endpoint)
+        job = replace(job, model=found.model, lengths=_that_fit(job.lengths, found.context_tokens))
+        done = _begin(output, replace(about, endpoint_model=found.model, context_tokens=found.context_tokens))
         todo = [cell for cell in cells if not _known(cell, done, len(job.uuids))]
         if len(todo) < len(cells):
             note(f"{len(cells) - len(todo)} of {len(cells)} cells are in {output} already, or beyond a load that missed its SLO")
         if not todo:
             return EXIT_OK
+        job = replace(job, ids=await token_ids(session, job.endpoint, job.model))
         top = max(cell.clock_mhz for cell in todo)
         lease = await asyncio.to_thread(
-            job.client.lease, list(job.uuids), sm_clock_mhz=top, reason=f"profile of {model}", min_dwell_s=0.0
+            job.client.lease, list(job.uuids), sm_clock_mhz=top, reason=f"profile of {job.model}", min_dwell_s=0.0
         )
         try:
             if lease.refused:
                 note(f"the clocks cannot be set: {lease.refused[0].why}")
                 return EXIT_CONFLICT
-            await _all(job, session, model, lease, todo, done, output)
+            await _all(job, session, lease, todo, done, output)
         finally:
             await asyncio.to_thread(lease.release)
     return EXIT_OK
@@ -189,7 +241,6 @@ async def _measure(job: _Job, cells: Sequence[Cell], about: About, output: Path)
 async def _all(
     job: _Job,
     session: aiohttp.ClientSession,
-    model: str,
     lease: Lease,
     todo: Sequence[Cell],
     done: list[ProfilePoint],
@@ -204,16 +255,17 @@ async def _all(
         for cell in todo:
             bar.update(task, description=f"{cell.request_class}, {cell.clock_mhz} MHz, {cell.rate:g}/s{label}")
             if not _known(cell, done, len(job.uuids)):
-                point = await _one(job, session, model, lease, cell)
+                point, failed = await _one(job, session, lease, cell)
                 done.append(point)
                 _append(output, point)
                 if not point.feasible:
-                    note(f"{cell.request_class} at {cell.clock_mhz} MHz misses its SLO at {cell.rate:g}/s: no higher load there")
+                    what = f"{cell.request_class} at {cell.clock_mhz} MHz misses its SLO at {cell.rate:g}/s"
+                    note(f"{what}{f' ({failed})' if failed else ''}: no higher load there")
             bar.advance(task)
 
 
-async def _one(job: _Job, session: aiohttp.ClientSession, model: str, lease: Lease, cell: Cell) -> ProfilePoint:
-    """Measure one cell: load, wait until it is warm, a window, the last answers."""
+async def _one(job: _Job, session: aiohttp.ClientSession, lease: Lease, cell: Cell) -> tuple[ProfilePoint, str]:
+    """Measure one cell: load, wait until it is warm, a window, the last answers; and say which requests failed."""
     import asyncio
 
     from powerd.cli.endpointload import Load, p99
@@ -221,16 +273,17 @@ async def _one(job: _Job, session: aiohttp.ClientSession, model: str, lease: Lea
 
     loop = asyncio.get_running_loop()
     await asyncio.to_thread(lease.change, sm_clock_mhz=cell.clock_mhz, wait_s=2.0)
-    load = Load(session, job.endpoint, model, job.lengths[cell.request_class], cell.rate, job.seed)
-    load.begin(job.warmup_s + job.seconds)
-    await asyncio.sleep(job.warmup_s)
     window = job.client.energy(f"profile {cell.request_class} {cell.clock_mhz} MHz {cell.rate:g}/s", list(job.uuids))
-    await asyncio.to_thread(window.begin)
-    begin_s = loop.time()
-    await asyncio.sleep(job.seconds)
-    end_s = loop.time()
-    await asyncio.to_thread(window.end)
-    asked = await load.end(PATIENCE * job.seconds)
+    lengths = job.lengths[cell.request_class]
+    async with Load(session, job.endpoint, job.model, job.ids, lengths, cell.rate, job.seed) as load:
+        load.begin(job.warmup_s + job.seconds)
+        await asyncio.sleep(job.warmup_s)
+        await asyncio.to_thread(window.begin)
+        begin_s = loop.time()
+        await asyncio.sleep(job.seconds)
+        end_s = loop.time()
+        await asyncio.to_thread(window.end)
+        asked = await load.end(PATIENCE * job.seconds)
     counted = [a for a in asked if a.sent_s == 0.0 or begin_s <= a.sent_s <= end_s]
     ttft, tbt = _latency(counted, p99)
     energy_j, duration_s = window.energy_j, window.duration_s
@@ -240,11 +293,14 @@ async def _one(job: _Job, session: aiohttp.ClientSession, model: str, lease: Lea
         why = next((a.error for a in asked if a.error), "no request came while it was measured: give more --seconds")
         raise RequestError(f"{cell.request_class} at {cell.rate:g}/s: the endpoint made no token: {why}")
     slo = job.classes.slos[cell.request_class]
-    good = not any(a.error for a in counted) and ttft <= slo.ttft_s and (tbt or 0.0) <= slo.tbt_s
-    return ProfilePoint(
+    errors = [a.error for a in counted if a.error]
+    failed = f"{len(errors)} of {len(counted)} requests failed: {errors[0]}" if errors else ""
+    good = not errors and ttft <= slo.ttft_s and (tbt or 0.0) <= slo.tbt_s
+    point = ProfilePoint(
         cell.request_class, len(job.uuids), cell.clock_mhz, cell.rate, energy_j / duration_s * (end_s - begin_s) / len(counted),
         ttft, tbt or 0.0, energy_j / duration_s, good, "modelled" if job.node.simulated else "measured",
     )  # fmt: skip
+    return point, failed
 
 
 def _latency(asked: Sequence[Asked], p99: Callable[[Sequence[float]], float | None]) -> tuple[float | None, float | None]:

@@ -1,17 +1,17 @@
 """An open-loop load on an OpenAI-compatible endpoint, and what its clients waited for.
 
 House rules: requests come at their moments whatever became of those before (a closed loop would hide a queue); prompts are
-random token ids, so that no prefix cache helps; a request that failed is counted, never left out; times are of the node's
-clock.
+random token ids, others in every load, so that no prefix cache helps; a request that failed is counted, never left out; times
+are of the node's clock.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
 import random
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from powerd.errors import RequestError, UnavailableError
 if TYPE_CHECKING:
     import aiohttp
 
-VOCABULARY = (1000, 30000)  # ids that every tokenizer in use has, and none of them special
+# Ids that every tokenizer in use has, and none of them special; else the printable bytes of one that knows bytes only.
+VOCABULARIES = (range(1000, 30000), range(32, 127))
 SILENCE_S = 120.0
 
 
@@ -54,67 +55,140 @@ def poisson(rate: float, seconds: float, seed: object) -> list[float]:
     return moments
 
 
-async def model_of(session: aiohttp.ClientSession, endpoint: str) -> str:
-    """The model that an endpoint serves; UnavailableError when it does not answer, RequestError when it is none."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model that an endpoint serves; ``context_tokens``: of prompt and answer together, None when it does not say."""
+
+    model: str
+    context_tokens: int | None
+
+
+async def served(session: aiohttp.ClientSession, endpoint: str) -> Served:
+    """What an endpoint serves; UnavailableError when it does not answer, RequestError when it is none."""
     import aiohttp
 
     try:
         async with session.get(f"{endpoint}/v1/models") as answer:
-            body = await answer.json(content_type=None)
-            return str(body["data"][0]["id"])
+            card = (await answer.json(content_type=None))["data"][0]
+            context = card.get("max_model_len")
+            return Served(str(card["id"]), int(context) if context else None)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise UnavailableError(f"{endpoint} does not answer: {str(error) or type(error).__name__}") from None
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise RequestError(f"{endpoint}/v1/models names no model", hint="give an OpenAI-compatible endpoint") from None
 
 
-async def ask(session: aiohttp.ClientSession, endpoint: str, model: str, prompt_tokens: int, tokens: int, seed: int) -> Asked:
-    """One streamed completion of exactly so many tokens."""
+async def token_ids(session: aiohttp.ClientSession, endpoint: str, model: str) -> range:
+    """Ids that the endpoint takes in a prompt, by trying; RequestError, with what it says, when it takes none."""
+    refused = []
+    for ids in VOCABULARIES:
+        tried = await ask(session, endpoint, model, [ids[0], ids[-1]], 2)
+        if not tried.error:
+            return ids
+        refused.append(tried.error)
+    hint = "it has to take prompts of token ids at /v1/completions"
+    raise RequestError(f"{endpoint} does not answer a request of two tokens: {refused[0]}", hint=hint)
+
+
+class _Stream:
+    """What has come of one answer: when, and how many tokens.
+
+    A token need not be text (half a character is none), and an event may hold several (engines put together what a slow reader
+    has not taken), so the engine's own count is taken where each event has it; else an event that may hold a token is one.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.first_s: float | None = None
+        self.gaps_s: list[float] = []
+        self.error = ""
+        self._told: int | None = None  # the engine's own count
+        self._last_s = 0.0
+
+    def take(self, event: dict[str, Any], now_s: float) -> None:
+        """Take one event."""
+        if error := event.get("error"):
+            self.error = str(error.get("message", error) if isinstance(error, dict) else error)[:200]
+        told = (event.get("usage") or {}).get("completion_tokens")
+        if choices := event.get("choices"):
+            if told is not None and (self.first_s is None or self._told is not None):
+                new = int(told) - self.tokens
+            else:
+                new = int(any(choice.get("text") or not choice.get("finish_reason") for choice in choices))
+            self._came(new, now_s)
+        if told is not None:
+            self._told = int(told)
+
+    def _came(self, new: int, now_s: float) -> None:
+        if new < 1:
+            return
+        if self.first_s is None:
+            self.first_s = now_s
+        else:
+            self.gaps_s.append(now_s - self._last_s)
+        self.gaps_s += [0.0] * (new - 1)  # nobody waits for what comes with another one
+        self.tokens, self._last_s = self.tokens + new, now_s
+
+    @property
+    def made(self) -> int:
+        """Tokens of the answer."""
+        return self.tokens if self._told is None else self._told
+
+
+async def ask(session: aiohttp.ClientSession, endpoint: str, model: str, prompt: Sequence[int], tokens: int) -> Asked:
+    """One streamed completion of exactly so many tokens; fewer are an error."""
     import aiohttp
 
     loop = asyncio.get_running_loop()
-    dice = _dice(seed)
-    prompt = [dice.randrange(*VOCABULARY) for _ in range(prompt_tokens)]
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0.0,
-            "stream_options": {"include_usage": True}}  # fmt: skip
-    sent_s = loop.time()
-    moments: list[float] = []
-    made, error = 0, ""
+    counts = {"include_usage": True, "continuous_usage_stats": True}  # the latter of vLLM and SGLang
+    body = {"model": model, "prompt": list(prompt), "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0.0,
+            "stream_options": counts}  # fmt: skip
+    seen, error, sent_s = _Stream(), "", loop.time()
     try:
         async with session.post(f"{endpoint}/v1/completions", json=body) as answer:
             if answer.status != 200:
-                return Asked(sent_s, prompt_tokens, 0, None, (), f"{answer.status}: {(await answer.text())[:200]}")
+                return Asked(sent_s, len(prompt), 0, None, (), f"{answer.status}: {(await answer.text())[:200]}")
             async for line in answer.content:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                now_s, event = loop.time(), json.loads(line[6:])
-                error = str(event["error"])[:200] if "error" in event else error
-                if usage := event.get("usage"):
-                    made = int(usage["completion_tokens"])
-                if any(choice.get("text") for choice in event.get("choices", ())):
-                    moments.append(now_s)
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as problem:
+                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                    seen.take(json.loads(line[6:]), loop.time())
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, AttributeError, TypeError) as problem:
         error = str(problem) or type(problem).__name__
-    gaps = tuple(b - a for a, b in itertools.pairwise(moments))
-    return Asked(sent_s, prompt_tokens, made or len(moments), moments[0] - sent_s if moments else None, gaps, error)
+    error = error or seen.error or ("" if seen.made >= tokens else f"{seen.made} of {tokens} tokens were answered")
+    ttft_s = None if seen.first_s is None else seen.first_s - sent_s
+    return Asked(sent_s, len(prompt), seen.made, ttft_s, tuple(seen.gaps_s), error)
 
 
 class Load:
-    """Requests at ``rate`` per second with lengths drawn from ``lengths``, from ``begin`` until ``end``."""
+    """Requests at ``rate`` per second with lengths drawn from ``lengths``, from ``begin`` until ``end``; leaving its
+    context ends what is left.
+
+    Moments and lengths are the seed's. What the prompts say is not: an engine may still have those of an earlier load in a cache.
+    """
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         endpoint: str,
         model: str,
+        ids: range,
         lengths: Sequence[tuple[int, int]],
         rate: float,
         seed: int,
     ) -> None:
-        self._session, self._endpoint, self._model = session, endpoint, model
+        self._session, self._endpoint, self._model, self._ids = session, endpoint, model, ids
         self._lengths, self._rate, self._seed = lengths, rate, seed
+        self._words = _dice(secrets.randbits(64))
         self._tasks: list[asyncio.Task[Asked]] = []
         self._sender: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Load:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        left = [task for task in (self._sender, *self._tasks) if task is not None and not task.done()]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     def begin(self, seconds: float) -> None:
         """Send for so many seconds, in the background."""
@@ -123,11 +197,12 @@ class Load:
     async def _send(self, seconds: float) -> None:
         loop, dice = asyncio.get_running_loop(), _dice(self._seed)
         begin_s = loop.time()
-        for number, at_s in enumerate(poisson(self._rate, seconds, self._seed)):
-            prompt, tokens = dice.choice(self._lengths)
+        for at_s in poisson(self._rate, seconds, self._seed):
+            length, tokens = dice.choice(self._lengths)
+            prompt = self._words.choices(self._ids, k=length)
             if (wait_s := begin_s + at_s - loop.time()) > 0:
                 await asyncio.sleep(wait_s)
-            one = ask(self._session, self._endpoint, self._model, prompt, tokens, self._seed * 1_000_003 + number)
+            one = ask(self._session, self._endpoint, self._model, prompt, tokens)
             self._tasks.append(loop.create_task(one))
 
     async def end(self, patience_s: float) -> list[Asked]:
@@ -147,7 +222,10 @@ def _result(task: asyncio.Task[Asked]) -> Asked:
 
 
 def connector() -> Any:
-    """A session's options: as many connections as there are requests, no time limit but that of silence."""
+    """A session's options: a connection for each request, no time limit but that of silence."""
     import aiohttp
 
-    return {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(total=None, sock_read=SILENCE_S)}
+    return {
+        "connector": aiohttp.TCPConnector(limit=0, force_close=True),
+        "timeout": aiohttp.ClientTimeout(total=None, sock_read=SILENCE_S),
+    }

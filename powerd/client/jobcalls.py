@@ -6,35 +6,21 @@ House rules: as powerd.client.core, of whose Client these are a part.
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from powerd.api import Ack, JobEvent, JobView, Span, SpansRequest, SpansView
+from powerd.client.calls import Calls
 from powerd.client.codec import encode, neutral
 from powerd.client.nodetime import node_now_ns
-from powerd.client.transport import Transport
 from powerd.records import HostLoad, JobStepRow, LeaseRow
 
 T = TypeVar("T")
 
 
-class JobCalls(ABC):
-    """What a Client does for jobs; it brings the ways to ask."""
-
-    @property
-    @abstractmethod
-    def transport(self) -> Transport: ...
-
-    @abstractmethod
-    def guard(self, what: str, action: Callable[[], T], otherwise: Callable[[], T]) -> T: ...
-
-    @abstractmethod
-    def _ask(self, kind: type[T], what: str, method: str, path: str, body: object = None, **options: Any) -> T: ...
-
-    @abstractmethod
-    def _wait(self, wait_s: float) -> float | None: ...
+class JobCalls(Calls):
+    """What a Client does for jobs."""
 
     def now_ns(self) -> int:
         """The node's CLOCK_BOOTTIME in nanoseconds, by which spans and steps are stamped; a microsecond, no exchange."""

@@ -6,17 +6,16 @@ gives the GPUs their full clock back.
 
 from __future__ import annotations
 
-import json
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from powerd.client.background import start
-from powerd.client.codec import encode, neutral
+from powerd.client.calls import Calls
+from powerd.client.codec import neutral
 from powerd.client.lease import Lease
-from powerd.client.transport import Transport
 from powerd.model import LeaseEnd
 from powerd.replicatypes import ReplicaGrant, ReplicaRequest, ReplicaView, SloSpec
 
@@ -100,32 +99,19 @@ class Replica:
             pause_s = min(_AGAIN_S[1], pause_s * 2)
 
 
-class ReplicaCalls(ABC):
-    """What a Client does for inference replicas; it brings the ways to ask."""
-
-    @property
-    @abstractmethod
-    def transport(self) -> Transport: ...
-
-    @abstractmethod
-    def guard(self, what: str, action: Callable[[], T], otherwise: Callable[[], T]) -> T: ...
+class ReplicaCalls(Calls):
+    """What a Client does for inference replicas."""
 
     @abstractmethod
     def resolve(self, gpus: Any = "visible") -> tuple[str, ...]: ...
 
     def replicas(self) -> tuple[ReplicaView, ...]:
         """Inference replicas that this caller may see."""
-        kind = tuple[ReplicaView, ...]
-        return self.guard("replicas", lambda: self.transport.json(kind, "GET", "/v1/replicas"), tuple)
+        return self._ask(tuple[ReplicaView, ...], "replicas", "GET", "/v1/replicas")
 
     def replica_create(self, request: ReplicaRequest) -> ReplicaGrant:
         """``POST /v1/replicas`` as it is: no attach, no heartbeat; ``register_replica`` does these."""
-
-        def ask() -> ReplicaGrant:
-            body, headers = json.dumps(encode(request)).encode(), {"Content-Type": "application/json"}
-            return self.transport.json(ReplicaGrant, "POST", "/v1/replicas", body=body, headers=headers)
-
-        return self.guard("replica", ask, lambda: neutral(ReplicaGrant))
+        return self._ask(ReplicaGrant, "replica", "POST", "/v1/replicas", request)
 
     def register_replica(
         self,

@@ -80,6 +80,18 @@ _HOPPER = {
 }
 _GPT3_A100 = "stage_profile_gpt3-175b_a100_sxm.csv"
 _GPT3_A40 = "stage_profile_gpt3-175b_a40.csv"
+_A100_SXM = {  # one board, of which some sites raise the power limit
+    **_A100,
+    "name": "NVIDIA A100-SXM4-80GB",
+    "pci_device_id": 0x20B210DE,
+    "memory_clocks_mhz": (1593,),
+    "memory_bytes": 80 * GIB,
+    "limit_min_w": 100,
+    "blocked_w": 90.0,
+    "stress_w": 475.0,
+    "static_w": 45.0,
+    "profile": _GPT3_A100,
+}
 
 MODELS: dict[str, GpuModel] = {
     model.key: model
@@ -108,33 +120,15 @@ MODELS: dict[str, GpuModel] = {
         ),
         GpuModel(
             key="a100-sxm-400w",
-            name="NVIDIA A100-SXM4-80GB",
-            pci_device_id=0x20B210DE,
-            memory_clocks_mhz=(1593,),
-            memory_bytes=80 * GIB,
-            limit_min_w=100,
             limit_max_w=400,
             limit_default_w=400,
-            blocked_w=90.0,
-            stress_w=475.0,
-            static_w=45.0,
-            profile=_GPT3_A100,
-            **_A100,  # type: ignore[arg-type]
+            **_A100_SXM,  # type: ignore[arg-type]
         ),
         GpuModel(
             key="a100-sxm-500w",
-            name="NVIDIA A100-SXM4-80GB",
-            pci_device_id=0x20B210DE,
-            memory_clocks_mhz=(1593,),
-            memory_bytes=80 * GIB,
-            limit_min_w=100,
             limit_max_w=500,
             limit_default_w=500,
-            blocked_w=90.0,
-            stress_w=475.0,
-            static_w=45.0,
-            profile=_GPT3_A100,
-            **_A100,  # type: ignore[arg-type]
+            **_A100_SXM,  # type: ignore[arg-type]
         ),
         GpuModel(
             key="a100-pcie",

@@ -18,11 +18,10 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from powerd.clock import NS
-from powerd.sinks.quarantine import set_aside
+from powerd.sinks import sqlitefile
 
 MAX_DEAD = 1000  # refused lines that are kept to be looked at
 _ROW_BYTES = 64  # what a row costs beside its data
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS batch (id INTEGER PRIMARY KEY AUTOINCREMENT, wall_ns INTEGER NOT NULL, lines INTEGER NOT NULL,
     data BLOB NOT NULL);
@@ -98,7 +97,7 @@ class Spool:
                     return result
                 except (sqlite3.Error, OSError) as error:
                     self.problem = f"{self.path}: {error}"
-                    corrupt = getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
+                    corrupt = sqlitefile.is_corrupt(error)
                     if attempt == 2 or not (corrupt and self._quarantine()):
                         self._count_again()
                         raise
@@ -143,7 +142,7 @@ class Spool:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if not set_aside(self.path):
+        if not sqlitefile.set_aside(self.path):
             return False
         self.quarantined += 1
         self._bytes = self._points = 0
@@ -248,11 +247,7 @@ class Spool:
         """Leave a file without a log beside it."""
         with self._lock:
             if self._connection is not None:
-                try:
-                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                except sqlite3.Error:
-                    pass  # the log is replayed by whoever opens the file next
-                self._connection.close()
+                sqlitefile.close(self._connection)
                 self._connection = None
 
 

@@ -21,16 +21,14 @@ from powerd.config import StoreConfig
 from powerd.jobs import JobRestored, JobRow, Record
 from powerd.model import Event, Reading, Snapshot
 from powerd.records import HostLoad, JobStepRow
-from powerd.sinks import jobtables
+from powerd.sinks import jobtables, sqlitefile
 from powerd.sinks.columns import COLUMNS, BitsOr, Kind, insert_raw, roll_up, schema
-from powerd.sinks.quarantine import set_aside
 
 _QUEUE = 4096  # snapshots, events and leases on their way: minutes at 10 Hz
 _PENDING_ROWS = 50_000  # kept while the disk refuses them
 _BATCH = 64  # a fuller queue wakes the writer before its second is over
 _DAY = 86_400
 RETRY_ROUNDS = 5  # seconds between two tries while the file cannot be written
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _FIELDS = attrgetter(*(column.name for column in COLUMNS))
 _INSERT = insert_raw()
 _EVENT = "INSERT INTO events (wall_ns, kind, uuid, subject, detail, data) VALUES (?, ?, ?, ?, ?, ?)"
@@ -185,7 +183,7 @@ class Writer:
             self.counts.errors += 1
             self.counts.problem = f"{self.path}: {error}"
             self._retry_in = RETRY_ROUNDS
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT and self._quarantine():
+            if sqlitefile.is_corrupt(error) and self._quarantine():
                 self._guarded()  # into the new file; a second corruption at once means that there is none
 
     def _connect(self) -> sqlite3.Connection:
@@ -218,7 +216,7 @@ class Writer:
             self._connection.close()
             self._connection = None
         try:
-            if not set_aside(self.path):
+            if not sqlitefile.set_aside(self.path):
                 return False
         except OSError as error:
             self.counts.problem = f"{error.filename}: {error.strerror}"
@@ -317,11 +315,7 @@ class Writer:
 
     def _shut(self) -> None:
         if self._connection is not None:
-            try:
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            except sqlite3.Error:
-                pass  # the log is replayed by whoever opens the file next
-            self._connection.close()
+            sqlitefile.close(self._connection)
 
 
 def _node_row(load: HostLoad) -> tuple[object, ...]:

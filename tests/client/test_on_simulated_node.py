@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from powerd.api import LeaseRequest, WantSpec
 from powerd.client import Client
 from powerd.errors import EXIT_DENIED, LeaseLostError, PowerdError, RequestError
 from powerd.killpoint import KILL_POINTS
+from powerd.model import Control
 from powerd.sim.node import SimNode, create
 
 GPUS = 2
@@ -36,6 +38,7 @@ class Node:
         self.config = folder / "powerd.toml"
         self.config.write_text(
             f'[daemon]\ncontrol = true\nrun_dir = "{folder}"\nstate_dir = "{folder}/state"\npanic_file = "{folder}/panic"\n'
+            "reattach_s = 2.0\n"
             f'[hw]\nrun_dir = "{folder}/hw"\njournal_dir = "{folder}/hw"\n'
         )
         (folder / "hw").mkdir()
@@ -69,6 +72,12 @@ class Node:
             if time.monotonic() > deadline_s:
                 raise AssertionError(f"not so after {timeout_s:g} s: {what}\n{(self.folder / 'log').read_text()[-3000:]}")
             time.sleep(0.02)
+
+    def samples(self, count: int) -> None:
+        """Wait until the GPUs have been read so many times more."""
+        with Client(self.env["POWERD_SOCKET"]) as client:
+            first = client.snapshot().seq
+            self.until(lambda: client.snapshot().seq >= first + count, f"{count} samples")
 
     def powerctl(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "powerd.cli.main", *words]
@@ -129,7 +138,7 @@ def test_visible_devices_decide_where_a_lease_goes(node: Node, monkeypatch: pyte
 def test_energy_of_a_window_is_that_of_the_gpu(node: Node) -> None:
     window = Client().energy("check", [0]).begin()
     before_mj = node.sim.true_energy_mj(0)
-    time.sleep(2.0)
+    node.samples(20)
     after_mj = node.sim.true_energy_mj(0)
     window.end()
     assert window.energy_j == pytest.approx((after_mj - before_mj) / 1000, rel=0.03)
@@ -139,16 +148,20 @@ def test_energy_of_a_window_is_that_of_the_gpu(node: Node) -> None:
 
 
 def test_a_daemon_that_is_killed_and_comes_back_finds_the_lease_again(node: Node) -> None:
-    lease = Client().lease([0], sm_clock_mhz=1200, reason="survivor")
+    client = Client()
+    lease = client.lease([0], sm_clock_mhz=1200, reason="survivor")
     assert node.locks()[0] == (1200, 1200)
     seen = lease.view.age_s
+    left = client.lease_create(LeaseRequest(client.resolve([1]), (WantSpec(Control.SM_CLOCK, 900, 900),), "nobody comes for it"))
     node.daemon.kill()
     node.daemon.wait()
     node.daemon = node.start_daemon()
     node.until(lease.renew, "the lease answers again")
     assert lease.held
     assert lease.view.age_s > seen
-    time.sleep(6)  # longer than the grace in which it had to come back
+    waits = lambda: left.id in [view.id for view in client.leases()]  # noqa: E731
+    assert waits()
+    node.until(lambda: not waits(), "the grace in which a holder has to come back is over")
     assert lease.held
     assert node.locks()[0] == (1200, 1200)
     lease.release()

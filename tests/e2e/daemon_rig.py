@@ -26,10 +26,16 @@ control = true
 reattach_s = 1.0
 [hw]
 min_dwell_s = 0.2
+[replicas]
+scrape_s = 0.1
+stale_s = 0.8
+good_scrapes = 2
+window_s = 1
+park_after_s = 0.5
 """
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
         super().__init__("powerd", timeout=20)
         self._path = path
@@ -92,7 +98,7 @@ class Rig:
         return status, json.loads(data)
 
     def exchange(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, http.client.HTTPMessage]:
-        connection = _UnixConnection(self.socket)
+        connection = UnixConnection(self.socket)
         try:
             data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
             connection.request(method, path, data, {name.replace("_", "-"): value for name, value in headers.items()})

@@ -7,31 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from powerd.api import JobEvent, JobStep, Span
 from powerd.client import Client, JobLog
-from tests.e2e.daemon_rig import Rig, limit, rig
+from tests.e2e.daemon_rig import Rig, limit
 from tests.e2e.fake_hw import now_ns
 
 NOBODY = 65534
 S = 1_000_000_000
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Rig]:
-    with rig() as made:
-        made.start()
-        yield made
-
-
-@pytest.fixture
-def own() -> Iterator[Rig]:
-    with rig() as made:
-        yield made
 
 
 _AS = """

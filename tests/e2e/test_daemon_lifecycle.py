@@ -8,18 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.daemon_rig import Rig, pin, rig
-
-
-@pytest.fixture
-def own() -> Iterator[Rig]:
-    with rig() as made:
-        yield made
+from tests.e2e.daemon_rig import Rig, pin
 
 
 def powerd(*words: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from powerd.client import Client
 from powerd.demo.stage import stage
 from powerd.errors import RequestError
 from powerd.resources import folder
-from tests.e2e.daemon_rig import Rig, rig
+from tests.e2e.daemon_rig import Rig
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,13 +28,6 @@ def job(microbatches: int = 6, **more: Any) -> dict[str, Any]:
     rows = [[int(r["stage"]), r["instruction"], int(r["frequency"]), float(r["time"]), float(r["energy"])] for r in table]
     shape = {"schedule": "1f1b", "stages": 4, "microbatches": microbatches, "blocking_power_w": 83.6}
     return {**shape, "profile_rows": rows, "deadline": "1.0x", **more}
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Rig]:
-    with rig() as made:
-        made.start()
-        yield made
 
 
 def test_a_plan_comes_back_and_saves(node: Rig) -> None:

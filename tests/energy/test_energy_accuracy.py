@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 
-from benchmarks.energy import Scored, Setup, campaign
+from benchmarks.energy import ScoredWindow, Setup, campaign
 
 
 @functools.cache
-def score(windows: int = 400, sample_hz: float = 10.0, counter: bool = True, wait: bool = True) -> list[Scored]:
+def score(windows: int = 400, sample_hz: float = 10.0, counter: bool = True, wait: bool = True) -> list[ScoredWindow]:
     """Half of the windows on each model."""
     scored = []
     for model, seed in (("a100-sxm-500w", 11), ("h100-sxm", 12)):
@@ -17,7 +17,7 @@ def score(windows: int = 400, sample_hz: float = 10.0, counter: bool = True, wai
     return scored
 
 
-def covered(scored: list[Scored]) -> float:
+def covered(scored: list[ScoredWindow]) -> float:
     return sum(s.covered for s in scored) / len(scored)
 
 

@@ -37,7 +37,9 @@ def test_windows_over_the_api_in_real_time_cover_the_truth_and_the_example_runs(
         before = truth()
         window = client.call("POST", "/v1/windows", {"gpus": daemon.uuids, "name": "smoke"})
         begun = truth()
-        time.sleep(3)
+        seen = client.call("GET", "/v1/snapshot")["seq"]
+        while client.call("GET", "/v1/snapshot")["seq"] < seen + 30:
+            time.sleep(0.02)
         ending = truth()
         ended = client.call("POST", f"/v1/windows/{window['id']}/end")
         after = truth()

@@ -52,6 +52,6 @@ def report(sequence: int, requests: int = 0, router: str = "r1") -> Arrivals:
     return Arrivals(router, sequence, {"ML": ClassLoad(requests, 500 * requests, 400 * requests)} if requests else {})
 
 
-def replica(name: str, age_s: float = 0.0) -> InstanceState:
-    """An LL replica that serves."""
-    return InstanceState(name, "LL", 8, 1410, load=InstanceLoad(running=3, age_s=age_s))
+def replica(name: str, age_s: float = 0.0, group: Group = LL8) -> InstanceState:
+    """A replica that serves."""
+    return InstanceState(name, group.pool, group.tp, 1410, load=InstanceLoad(running=3, age_s=age_s))

@@ -110,6 +110,52 @@ def test_one_instance_without_room_for_another_is_replaced_all_the_same_and_said
     assert [event.kind for event in fleet.events] == ["gate"]
 
 
+def test_where_a_new_one_fits_beside_the_last_old_one_somebody_serves_all_the_time() -> None:
+    last, news = Group("LL", 2), Group("LL", 4)
+    fleet, story = Fleet(Limits(8, settle_s=2.0)), []
+    for _ in range(6):
+        fleet.tick(Wanted({last: 1}, ROUTES))
+    for _ in range(20):
+        fleet.tick(Wanted({news: 2}, ROUTES))
+        story.append((fleet.alive(), fleet.state.routes["LL"]))
+    kept = [now for before, now in zip([None, *story], story, strict=False) if now != before]
+    assert kept == [
+        ({last: 1}, (last,)),
+        ({last: 1, news: 1}, (news,)),
+        ({news: 1}, (news,)),
+        ({news: 2}, (news,)),
+    ]
+    assert fleet.events == []
+
+
+def test_a_group_that_ends_gets_no_more_requests_however_long_it_drains() -> None:
+    last, news = Group("LL", 2), Group("LL", 4)
+    fleet = Fleet(Limits(8, settle_s=2.0), start_s=1e9)
+    fleet.serving = {last: 1, news: 1}
+    fleet.state = Handover({last: 1, news: 1}, {"LL": (last, news)})
+    fleet.tick(Wanted({news: 2}, ROUTES))
+    assert fleet.state.routes["LL"] == (news,)
+    while fleet.state.desired[last]:
+        fleet.tick(Wanted({news: 2}, ROUTES))
+    fleet.serving[last] = 1  # it still finishes what runs, and says that it serves
+    fleet.tick(Wanted({news: 2}, ROUTES))
+    assert fleet.state.routes["LL"] == (news,), "although one of two new ones has to wait for its GPUs"
+    fleet.serving = {last: 1}
+    fleet.tick(Wanted({news: 2}, ROUTES))
+    assert not fleet.state.routes["LL"], "requests wait for the new ones rather than keep the old one from ending"
+
+
+def test_what_gave_way_to_replicas_that_never_come_is_started_again() -> None:
+    fleet = Fleet(Limits(8, start_timeout_s=10.0, retry_s=1e6), broken=frozenset({NEW}))
+    for _ in range(6):
+        fleet.tick(Wanted({OLD: 1}, ROUTES))
+    for _ in range(25):
+        fleet.tick(Wanted({NEW: 2}, ROUTES))
+    assert fleet.alive() == {OLD: 1}
+    assert fleet.state.routes["LL"] == (OLD,)
+    assert [event.kind for event in fleet.events] == ["gate", "rollback"]
+
+
 def test_replicas_that_do_not_come_up_are_given_up_and_the_old_ones_stay() -> None:
     fleet = Fleet(Limits(96, start_timeout_s=10.0, retry_s=30.0), broken=frozenset({NEW}))
     for _ in range(6):

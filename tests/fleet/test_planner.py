@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from powerd_integrations.fleet.handover import Limits
+from powerd_integrations.fleet.planner import LivePlanner, PlannerOptions
 from powerd_integrations.fleet.published import Group, PlanFile, from_json, to_json
 from powerd_policies.dynamollm.fleet import ClassLoad
 from tests.fleet.scripted import LL8, Clock, Scripted, planner, replica, report
@@ -40,6 +42,24 @@ def test_before_any_router_reports_the_controllers_first_plan_is_published() -> 
     plan = live.tick()
     assert plan.replicas("LL", 8) == 2
     assert plan.held == "no router has reported yet"
+
+
+def test_a_planner_that_starts_again_takes_nobody_away_that_serves() -> None:
+    """Routers and autoscalers read it at once; replicas report within a second or two."""
+    clock = Clock()
+    old = Group("LL", 4)
+    options = PlannerOptions(Limits(96, settle_s=1.0), look_s=3.0)
+    live = LivePlanner(Scripted(ll8=2), options, groups={LL8: (0, 12), old: (0, 24)}, now_s=clock, unix_s=clock)
+    assert live.plan().replicas("LL", 4) is None, "not known is not zero"
+    for second in range(1, 10):
+        clock.s += 1.0
+        live.add_arrivals(report(second))
+        if second >= 2:
+            live.add_instances([replica(f"i{n}", group=old) for n in range(3)])
+        plan = live.tick()
+        assert plan.replicas("LL", 4) in (None, 3)
+    assert plan.replicas("LL", 8) == 2
+    assert plan.routes["ML"] == (old,), "until the new ones serve"
 
 
 def test_when_no_router_reports_any_more_the_last_plan_is_held() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from powerd.errors import RequestError
 from powerd_integrations.fleet import settings as configured
-from powerd_integrations.fleet.__main__ import main
+from powerd_integrations.fleet.__main__ import controller, main
 from powerd_integrations.fleet.policy import build
 from powerd_policies.dynamollm.classes import NAMES, Slo
-from powerd_policies.dynamollm.fleet import FleetState
+from powerd_policies.dynamollm.fleet import ClassLoad, FleetState
 from powerd_policies.dynamollm.knobs import POLICIES
+from powerd_policies.dynamollm.predictor import DAY_S
 
 MODEL = Path(__file__).resolve().parents[2] / "policies" / "profiles" / "llm" / "llama2-70b_h100.engine.csv"
 GOOD = f"""\
@@ -43,12 +47,38 @@ def test_every_policy_decides_a_fleet(policy: str) -> None:
 
 
 def test_options_of_a_policy_and_a_fixed_fleet() -> None:
-    controller = build(configured.parse(GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = 60\n"))
-    assert controller.knobs.pool_s == 60  # type: ignore[attr-defined]
-    assert controller.knobs.partitions == ("one",)  # type: ignore[attr-defined]
+    fleet = build(configured.parse(GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = 60\n"))
+    assert fleet.knobs.pool_s == 60  # type: ignore[attr-defined]
+    assert fleet.knobs.partitions == ("one",)  # type: ignore[attr-defined]
     fixed = build(configured.parse(GOOD.replace("POLICY", "static") + "[policy]\ntp = 8\ncount = 3\nclock_mhz = 1980\n"))
     wants = fixed.decide(FleetState(0.0, 0.0, (), {}, 96)).instances
     assert [(want.tp, want.clock_mhz) for want in wants] == [(8, 1980)] * 3
+
+
+def test_periods_and_forecasts_are_the_users() -> None:
+    text = GOOD.replace("POLICY", "dynamollm").replace("gpus = 96", "gpus = 96\nstart_s = 5")
+    text += "[policy]\nperiod_s = 1\npool_s = 6\ncluster_s = 12.5\nbudget_w = 9000\n[policy.weights]\ngpu = 20\n"
+    fleet = cast(Any, build(configured.parse(text + "[forecast]\nlevel_s = 30\n")))
+    knobs, forecast = fleet.knobs, fleet.predictor.knobs
+    assert (fleet.period_s, knobs.pool_s, knobs.cluster_s, knobs.budget_w, knobs.weights.gpu) == (1, 6, 12.5, 9000, 20.0)
+    assert (forecast.level_s, forecast.peak_s) == (30.0, 120.0), "what the file does not say is as in a replay"
+    assert (fleet.lead_s, fleet.overheads.reshard_s(8, 4)) == (5.0, 5.0), "another parallelism is a start of new replicas"
+
+
+def test_the_planner_knows_the_day_of_the_week() -> None:
+    """Its clock counts from the machine's start, and weekends differ from weekdays."""
+    predictor = cast(Any, controller(configured.parse(GOOD.replace("POLICY", "dynamollm")))).predictor
+    booted_unix_s = time.time() - time.monotonic()
+    monday_s = datetime(2026, 11, 16, tzinfo=UTC).timestamp() - booted_unix_s
+    hours = [(monday_s + 3600.0 * (n + 1), 3600.0, 36_000 if n < 5 * 24 else 3_600) for n in range(7 * 24)]
+    predictor.learn((at_s, window_s, {"MM": ClassLoad(n, 500 * n, 200 * n)}) for at_s, window_s, n in hours)
+
+    def at_noon(day: int) -> float:
+        noon_s = monday_s + (7 + day) * DAY_S + DAY_S / 2
+        return float(predictor.peak(noon_s, noon_s + 600.0)["MM"].requests_per_s)
+
+    assert at_noon(4) == pytest.approx(10.5), "Friday, with the headroom of forecasts"
+    assert at_noon(5) == pytest.approx(1.05), "Saturday"
 
 
 def test_slos_are_those_of_the_class_or_the_strictest() -> None:
@@ -90,7 +120,11 @@ def test_what_is_wrong_is_said(right: str, wrong: str, said: str) -> None:
     ("changed", "said"),
     [
         (GOOD.replace("POLICY", "dynamo"), "there is no policy 'dynamo'; there are singlepool"),
-        (GOOD.replace("POLICY", "dynamollm") + "[policy]\nspeed = 1\n", "speed"),
+        (GOOD.replace("POLICY", "dynamollm") + "[policy]\npol_s = 1\n", "[policy]: unknown 'pol_s'; the nearest is 'pool_s'"),
+        (GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = '60'\n", "[policy] pool_s: a number, not '60'"),
+        (GOOD.replace("POLICY", "dynamollm") + "[policy]\npool_s = -60\n", "pool_s: a number from 0, not -60"),
+        (GOOD.replace("POLICY", "dynamollm") + "[forecast]\nlevels = 1\n", "[forecast]: unknown 'levels'; the nearest is"),
+        (GOOD.replace("POLICY", "dynamollm") + "[forecast]\nbin_s = 0\n", "division"),
         (GOOD.replace("POLICY", "static") + "[policy]\ntp = 3\ncount = 1\nclock_mhz = 1980\n", "holds no TP3"),
         (GOOD.replace("POLICY", "multipool"), "no partition has all its pools among the [[groups]]: nine needs SS, SM, SL"),
         (GOOD.replace("POLICY", "dynamollm") + "[policy]\npartitions = ['two']\n", "there is no partition 'two'"),

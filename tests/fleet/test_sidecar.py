@@ -73,6 +73,7 @@ def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_p
         assert planner.stdout is not None
         assert planner.stdout.readline() == f"powerd-fleet: scaleinst on http://127.0.0.1:{port}\n"
         wait_for("the engine serves", lambda: get(f"{planner_url}/v1/plan")["serving"], 30)
+        wait_for("the planner has looked around", lambda: get(f"{planner_url}/v1/plan")["desired_replicas"])
         plan = get(f"{planner_url}/v1/plan")
         assert [(row["id"], row["pool"], row["tp"]) for row in plan["serving"]] == [("pod/1", "LL", 4)]
         assert plan["desired_replicas"] == [{"pool": "LL", "tp": 4, "replicas": 2, "clock_mhz": 1980}]

@@ -18,6 +18,7 @@ from powerd_policies.dynamollm import models
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.router import PromptTooLongError
 from tests.fleet.test_settings import GOOD, MODEL
+from tests.replicas.answering import body_of, recorded
 
 A, B = Group("SS", 2), Group("LL", 8)
 PATH = "/v1/completions"
@@ -208,3 +209,40 @@ def test_answers_are_predicted_from_what_was_seen_and_capped_by_what_is_asked_fo
         sizes.learn(100, answer)
     assert (sizes.predict(0, None), sizes.predict(0, 1000), sizes.predict(0, 60)) == (250, 250, 60)
     assert sizes.predict(1, 400) == 400, "another size of prompt"
+
+
+class Recorded(Replicas):
+    """Engines that answer as a real vLLM did: these recordings, one after the other."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__()
+        self.answers = [body_of(recorded(name)) for name in answers]
+
+    async def send(self, group: Group, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+        self.asked.append((group, body))
+        yield b"200"
+        yield self.answers.pop(0)
+
+
+def test_tokens_are_counted_where_they_are_no_text() -> None:
+    counter = Counter()
+    steer = steering(Recorded("stream"), Source(plan(A, B)), counter)
+    assert asyncio.run(all_of(steer, ask(tokens=200))) == body_of(recorded("stream"))
+    steer.admit(PATH, ask(tokens=200), {})
+    assert counter.counted[1][2] == 24, "what the next answer is expected to have"
+
+
+def test_what_an_engine_refuses_in_a_stream_is_passed_on_and_asked_of_nobody_else() -> None:
+    replicas = Recorded("out-of-vocabulary")
+    assert asyncio.run(all_of(steering(replicas, Source(plan(A, B))), ask())) == body_of(recorded("out-of-vocabulary"))
+    assert len(replicas.asked) == 1
+
+
+def test_an_engine_that_says_that_it_died_is_followed_by_another_one_for_the_tokens_that_are_left() -> None:
+    replicas = Recorded("core-killed", "stream")
+    answer = asyncio.run(all_of(steering(replicas, Source(plan(A, B))), ask(tokens=2000)))
+    assert b"EngineCore" not in answer
+    assert [body["max_tokens"] for _, body in replicas.asked] == [2000, 1991], "nine came, four of them in one event"
+    first, second = (body["prompt"] for _, body in replicas.asked)
+    assert second.startswith(first)
+    assert len(second) > len(first)

@@ -26,6 +26,7 @@ from powerd.sim.node import SimError
 from powerd.sim.workload import Context
 
 PATIENCE_S = 30.0
+LIMIT, LOCK = Interval(400_000, 400_000), Interval(1200, 1200)
 
 
 class Powerd:
@@ -294,3 +295,23 @@ class Rig:
             child.communicate()
         self.node.close()
         shutil.rmtree(self._short, ignore_errors=True)
+
+
+MakeRig = Callable[..., Rig]
+
+
+def watts(value: int) -> Interval:
+    return Interval(value * 1000, value * 1000)
+
+
+def served(rig: Rig) -> Powerd:
+    rig.serve()
+    return rig.connect()
+
+
+def truth_until(rig: Rig, condition: Callable[[], bool]) -> None:
+    """For what no frame announces."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, rig.node.show()
+        threading.Event().wait(0.01)

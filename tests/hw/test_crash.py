@@ -12,17 +12,16 @@ import pytest
 from powerd.hw import fence
 from powerd.hw.frames import Command, Table
 from powerd.killpoint import KILL_POINTS
-from powerd.model import Control, Interval, Verdict
-from tests.hw.rig import PATIENCE_S, Rig
+from powerd.model import Control, Verdict
+from tests.hw.rig import LIMIT, LOCK, PATIENCE_S, Rig
 
 _SET_POINTS = [
     p for p in KILL_POINTS if p.startswith("hw.") and p.split(".")[1] in ("intent", "call", "readback", "verified", "done")
 ]
 _RESTORE_POINTS = [p for p in KILL_POINTS if p.startswith("hw.restore.")]
 _SUPERVISOR_POINTS = ["hw.desired.received", "hw.generation.raised"]
-_PLAN_POINTS = [p for p in KILL_POINTS if p.startswith("hw.plan.")]  # in test_plans
+_PLAN_POINTS = [p for p in KILL_POINTS if p.startswith("hw.plan.")]  # in test_plan_ends
 _START_POINTS = ["hw.worker.started", "hw.journal.compacted"]
-LIMIT, LOCK = Interval(400_000, 400_000), Interval(1200, 1200)
 
 _READ = """
 import pynvml as n

@@ -9,9 +9,7 @@ import pytest
 
 from powerd.hw.frames import Table
 from powerd.model import Control, Interval, Verdict
-from tests.hw.rig import Powerd, Rig
-
-LIMIT, LOCK = Interval(400_000, 400_000), Interval(1200, 1200)
+from tests.hw.rig import LIMIT, LOCK, Powerd, Rig
 
 
 @pytest.fixture

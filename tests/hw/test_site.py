@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 
 from powerd.hw.frames import Command, Table
-from powerd.model import Control, Interval, Verdict
-from tests.hw.rig import PATIENCE_S, Rig
+from powerd.model import Control, Verdict
+from tests.hw.rig import LIMIT, PATIENCE_S, Rig
 from tests.hw.test_crash import killed_while_set
-
-LIMIT = Interval(400_000, 400_000)
 
 
 def truth_until(rig: Rig, condition: Callable[[], bool]) -> None:

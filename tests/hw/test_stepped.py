@@ -8,10 +8,8 @@ from itertools import pairwise
 import pytest
 
 from powerd.clock import NS
-from powerd.model import Control, Health, Interval, Verdict
-from tests.hw.rig import Rig
-
-LIMIT = Interval(400_000, 400_000)
+from powerd.model import Control, Health, Verdict
+from tests.hw.rig import LIMIT, Rig
 
 
 @pytest.mark.parametrize("time", ["stepped", "x20"])

@@ -1,8 +1,8 @@
 """A service on real Ray Serve: simulated engines on a simulated node that powerd controls, the live planner, and clients.
 
-House rules: Ray is a process of the fourth environment and listens on loopback only; the planner runs here, so that a test can
-say what the controller shall want; every request has a number, and what became of it is kept; whatever is started here is ended
-here, by its id.
+House rules: Ray is a process of the fourth environment and listens on loopback only; the planner is a process too, with the file
+that a user would write: DynamoLLM's own controller decides, only its periods are seconds; every request has a number, and what
+became of it is kept; whatever is started here is ended here, by its id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,12 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from powerd_integrations.fleet import scrape
-from powerd_integrations.fleet import settings as configured
-from powerd_integrations.fleet.planner import LivePlanner
-from powerd_integrations.fleet.published import Group
-from powerd_integrations.fleet.server import PlannerServer
+from powerd_integrations.fleet.published import PublishedPlan, from_json
 from powerd_policies.dynamollm.classes import NAMES
-from powerd_policies.dynamollm.fleet import FleetPlan, FleetState, InstanceLoad, InstanceState, InstanceWant
+from powerd_policies.dynamollm.fleet import InstanceLoad
 from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.rayenv import ROOT, ray_python, source_path
 
@@ -39,26 +36,47 @@ JOBS = Path(__file__).parent / "jobs"
 LOOPBACK = Path(__file__).parent / "loopback"
 GPUS = 8
 MODEL = ROOT / "policies" / "profiles" / "llm" / "llama2-70b_h100.engine.csv"
+POOL = "LL"  # of the partition "one"
 TTFT_S, TBT_S = 5.0, 1.0  # of two shared cores, not of an H100
-PER_REPLICA_RPS = 2.0
+STRICT = "LM"  # long prompts, middling answers: promised a pace that no replica on two GPUs keeps (modelled)
+STRICT_TBT_S = 0.1
 
 FLEET = """\
 [planner]
+listen = "{listen}"
 gpus = {gpus}
 engine_model = "{model}"
 stale_after_s = 4.0
 gone_after_s = 6.0
 tick_s = 0.2
+start_s = 4.0
 start_timeout_s = 60.0
 settle_s = 1.5
 
-[[groups]]
-pool = "all"
-tp = 2
-max_replicas = 3
+[policy]              # as published, in seconds instead of minutes
+cluster_s = 8.0
+pool_s = 4.0
+period_s = 0.5
+warmup_s = 3.0
+young_s = 4.0
+fast_s = 3.0
+surge_s = 3.0
+ahead_s = 1.0
+dwell_s = 1.0
+tp = 4
+
+[forecast]
+bin_s = 1.0
+level_s = 5.0
+peak_s = 5.0
 
 [[groups]]
-pool = "all"
+pool = "LL"
+tp = 2
+max_replicas = 4
+
+[[groups]]
+pool = "LL"
 tp = 4
 max_replicas = 2
 
@@ -76,32 +94,10 @@ drain_s = 30.0
 start_timeout_s = 60.0
 
 [service]
-planner = "{planner}"
+planner = "http://{listen}"
 router_cpus = 0.0
 powerd_socket = "{socket}"
 """
-
-
-class Follower:
-    """A controller that a test steers: the tensor parallelism is told, the number of replicas follows the arrivals."""
-
-    name = "follower"
-    period_s = 0.4
-
-    def __init__(self) -> None:
-        self.tp = 2
-        self.at_least = 1
-        self.shown: tuple[InstanceState, ...] = ()
-        self._seen: deque[tuple[float, int]] = deque(maxlen=10)  # four seconds
-
-    def decide(self, state: FleetState) -> FleetPlan:
-        """As many replicas as the last seconds' requests need, at least one."""
-        self.shown = state.instances
-        self._seen.append((state.window_s, sum(load.requests for load in state.arrivals.values())))
-        rate = sum(n for _, n in self._seen) / sum(window_s for window_s, _ in self._seen)
-        count = max(self.at_least, min(3 if self.tp == 2 else 2, round(rate / PER_REPLICA_RPS)))
-        wants = tuple(InstanceWant(None, "all", self.tp, 1980) for _ in range(count))
-        return FleetPlan(wants, dict.fromkeys(NAMES, ("all",)))
 
 
 @dataclass(frozen=True)
@@ -127,27 +123,24 @@ class Service:
     def __init__(self) -> None:
         self.live = LiveNode(gpus=GPUS, model="h100-sxm", more="[replicas]\nstale_s = 2\npark_after_s = 1\ngood_scrapes = 2\n")
         self.port = free_port()
-        self.controller = Follower()
+        self._planner_at = f"127.0.0.1:{free_port()}"
         self._numbers = iter(range(10**6))
         self._clients = ThreadPoolExecutor(64, thread_name_prefix="client")
-        self._stop = threading.Event()
+        self._planner: subprocess.Popen[bytes] | None = None
         self._ray: subprocess.Popen[str] | None = None
-        config = self.live.root / "fleet.toml"
-        self._server: PlannerServer | None = None
+        self.config = self.live.root / "fleet.toml"
+        self.log, self.planner_log = self.live.root / "ray.log", self.live.root / "planner.log"
         try:
-            planner_port = free_port()
-            config.write_text(self._toml(planner_port))
-            settings = configured.load(config)
-            self.planner = LivePlanner(self.controller, settings.options, groups=settings.bounds)
-            self._server = PlannerServer(("127.0.0.1", planner_port), self.planner)
-            threading.Thread(target=self._server.serve_forever, daemon=True).start()
-            threading.Thread(target=self.planner.run, args=(self._stop,), daemon=True).start()
-            self.log = self.live.root / "ray.log"
+            self.config.write_text(self._toml())
+            with self.planner_log.open("ab") as log:
+                argv = [sys.executable, "-m", "powerd_integrations.fleet", str(self.config)]
+                self._planner = subprocess.Popen(argv, env=self.live.env, cwd=self.live.root, stdin=subprocess.DEVNULL,
+                                                 stdout=log, stderr=log, start_new_session=True)  # fmt: skip
             with self.log.open("ab") as log:
                 argv = [
                     str(ray_python()),
                     str(JOBS / "serve_job.py"),
-                    str(config),
+                    str(self.config),
                     str(self.live.root / "ry"),
                     str(self.port),
                     str(GPUS),
@@ -160,15 +153,16 @@ class Service:
             self.close()
             raise
 
-    def _toml(self, planner_port: int) -> str:
+    def _toml(self) -> str:
         # The engine is powerd's own and runs in powerd's environment; Ray's has only what a service's image would have.
         job = [sys.executable, str(JOBS / "engine_job.py"), str(self.live.root), "{id}", "{metrics_port}", "{port}"]
         engine = [*command("powerd", "sim", "engine"), "--model", "llama2-70b_h100", "--gpus", "{gpus}", "--tp", "{tp}",
                   "--shutdown-timeout", "20"]  # fmt: skip
+        tbt_s = {**dict.fromkeys(NAMES, TBT_S), STRICT: STRICT_TBT_S}
         return FLEET.format(
-            gpus=GPUS, model=MODEL, command=json.dumps([*job, *engine]), planner=f"http://127.0.0.1:{planner_port}",
-            socket=self.live.socket, ttft="\n".join(f"{name} = {TTFT_S}" for name in NAMES),
-            tbt="\n".join(f"{name} = {TBT_S}" for name in NAMES),
+            gpus=GPUS, model=MODEL, command=json.dumps([*job, *engine]), listen=self._planner_at, socket=self.live.socket,
+            ttft="\n".join(f"{name} = {TTFT_S}" for name in NAMES),
+            tbt="\n".join(f"{name} = {value}" for name, value in tbt_s.items()),
         )  # fmt: skip
 
     # --- Ray ------------------------------------------------------------------------------------------------------------------
@@ -196,42 +190,57 @@ class Service:
 
     # --- planner --------------------------------------------------------------------------------------------------------------
 
-    def serving(self) -> dict[Group, int]:
-        """Replicas that serve, as the planner sees them."""
-        return dict(self.planner.figures().serving)
+    def _told(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://{self._planner_at}{path}", timeout=10) as answer:
+            return json.loads(answer.read())
 
-    def wait_serving(self, timeout_s: float = 30.0, **counts: int) -> None:
-        """Wait until exactly these groups serve: ``tp2=3``."""
-        wanted = {Group("all", int(name.removeprefix("tp"))): count for name, count in counts.items()}
+    def plan(self) -> PublishedPlan:
+        """The plan in force, as routers and autoscalers read it."""
+        return from_json(self._told("/v1/plan"))
+
+    def events(self) -> list[tuple[str, str, str]]:
+        """What the policy and the hand-over say that they did: kind, subject, detail."""
+        return [(row["kind"], row["subject"], row["detail"]) for row in self._told("/v1/events")["events"]]
+
+    def serving(self) -> dict[int, int]:
+        """Replicas that serve by tensor parallelism, as the planner sees them."""
+        return dict(Counter(replica.group.tp for replica in self.plan().serving))
+
+    def wait_serving(self, counts: dict[int, int], timeout_s: float = 30.0) -> None:
+        """Wait until exactly so many replicas of each tensor parallelism serve."""
         try:
-            wait_for(f"{counts} serve", lambda: self.serving() == wanted, timeout_s)
+            wait_for(f"{counts} serve", lambda: self.serving() == counts, timeout_s)
         except AssertionError:
-            print(f"serving {self.serving()}, plan {self.planner.plan()}", self.log.read_text()[-4000:], file=sys.stderr)
+            print(self.story(), file=sys.stderr)
             raise
+
+    def story(self) -> str:
+        """What is known when something did not come."""
+        return f"{self.plan()}\n{self.events()}\n{self.planner_log.read_text()[-2000:]}\n{self.log.read_text()[-3000:]}"
 
     # --- clients --------------------------------------------------------------------------------------------------------------
 
-    def send(self, tokens: int = 20, prompt: int = 100) -> Future[Outcome]:
+    def send(self, tokens: int = 20, prompt: int = 1000) -> Future[Outcome]:
         """Send one request; what becomes of it."""
         return self._clients.submit(self._request, next(self._numbers), tokens, prompt)
 
-    def run_load(self, rate: float, seconds: float, tokens: int = 20) -> list[Future[Outcome]]:
+    def run_load(self, rate: float, seconds: float, tokens: int = 20, prompt: int = 1000) -> list[Future[Outcome]]:
         """Send ``rate`` requests a second for ``seconds``; open loop, as users do."""
         begun, sent = time.monotonic(), []
-        for number in range(int(rate * seconds)):
+        for number in range(max(1, int(rate * seconds))):
             threading.Event().wait(max(0.0, begun + number / rate - time.monotonic()))
-            sent.append(self.send(tokens))
+            sent.append(self.send(tokens, prompt))
         threading.Event().wait(max(0.0, begun + seconds - time.monotonic()))
         return sent
 
     def load_until(
-        self, done: Callable[[], bool], rate: float, tokens: int = 20, at_most_s: float = 40.0
+        self, done: Callable[[], bool], rate: float, tokens: int = 20, prompt: int = 1000, at_most_s: float = 60.0
     ) -> list[Future[Outcome]]:
         """Send ``rate`` requests a second until something is so; AssertionError when it does not come."""
         sent, end_s = [], time.monotonic() + at_most_s
         while not done():
-            assert time.monotonic() < end_s, f"not within {at_most_s:g} s: {self.serving()}, {self.log.read_text()[-3000:]}"
-            sent += self.run_load(rate, 0.5, tokens)
+            assert time.monotonic() < end_s, f"not within {at_most_s:g} s: {self.story()}"
+            sent += self.run_load(rate, max(1.0, 1.0 / rate), tokens, prompt)
         return sent
 
     def open(self, tokens: int) -> http.client.HTTPResponse:
@@ -248,9 +257,8 @@ class Service:
         return lambda: scrape.load_of(scrape.fetch(url, 0.0))
 
     def _request(self, number: int, tokens: int, prompt: int) -> Outcome:
-        # A word is one token to the simulated engine; the router estimates by characters.
-        body = {"prompt": "tok " * prompt, "max_tokens": tokens, "stream": True}
-        headers = {"Content-Type": "application/json", "X-Request-Id": str(number)}
+        body = {"prompt": "tok " * 50, "max_tokens": tokens, "stream": True}
+        headers = {"Content-Type": "application/json", "X-Request-Id": str(number), "X-Prompt-Tokens": str(prompt)}
         url = f"http://127.0.0.1:{self.port}/v1/completions"
         begun = last = time.monotonic()
         seen, ttft_s, worst_s, whole, error = 0, 0.0, 0.0, False, ""
@@ -311,10 +319,9 @@ class Service:
     def close(self) -> None:
         """End everything."""
         self.stop_ray()
-        self._stop.set()
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+        if self._planner is not None:
+            self._planner.terminate()
+            self._planner.wait(20)
         self._clients.shutdown(wait=False, cancel_futures=True)
         self.live.close()
         shutil.rmtree(self.live.root, ignore_errors=True)

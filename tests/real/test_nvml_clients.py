@@ -105,7 +105,7 @@ gpus = get_gpus()
 out = {}
 monitor = ZeusMonitor(gpu_indices=[0, 1])
 monitor.begin_window("w", sync_execution=False)
-time.sleep(2.0)
+time.sleep(2.0)  # the window that is compared
 window = monitor.end_window("w", sync_execution=False)
 out["joules"] = [window.gpu_energy[0], window.gpu_energy[1]]
 out["seconds"] = window.time
@@ -119,10 +119,10 @@ except ZeusGPUInvalidArgError as error:
     out["refused"] = str(error)
 gpus.set_gpu_locked_clocks(1, 900, 900)
 gpus.set_memory_locked_clocks(1, 1593, 1593)
-time.sleep(0.3)
+time.sleep(0.3)  # clocks move within tens of milliseconds of load
 handle = pynvml.nvmlDeviceGetHandleByIndex(1)
 out["clocks"] = [pynvml.nvmlDeviceGetClockInfo(handle, kind) for kind in (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM)]
-time.sleep(1.2)
+time.sleep(1.2)  # the driver's average is over the last second
 out["watts"] = [gpus.get_average_power_usage(1) / 1000, gpus.get_instant_power_usage(1) / 1000]
 print(json.dumps(out))
 """

@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +181,24 @@ def drain(server: subprocess.Popen[bytes]) -> None:
         print("drain: ended after", ended_s, "s with code", server.returncode)
 
 
+@contextlib.contextmanager
+def serving(vllm: str, options: tuple[str, ...] = OPTIONS) -> Iterator[subprocess.Popen[bytes]]:
+    """A vLLM that serves the made-up model; when left it is told to end, and nothing of it stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        command = [vllm, "serve", folder, *options, f"--port={PORT}"]
+        server = subprocess.Popen(command, env=os.environ | offline, stdout=sys.stderr, process_group=0)
+        try:
+            yield server
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                server.terminate()
+            server.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)  # its workers outlive it when it or its core was killed
+
+
 def main() -> None:
     """Serve, record, end."""
     parser = argparse.ArgumentParser()
@@ -189,19 +207,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGES)
     parser.add_argument("--drain", action="store_true", help="end it while requests run, and print what happens")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder))
-        offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        command = [args.vllm, "serve", folder, *OPTIONS, f"--port={PORT}"]
-        server = subprocess.Popen(command, env=os.environ | offline, stdout=sys.stderr)
-        try:
-            record(args.version, args.out)
-            if args.drain:
-                drain(server)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                server.terminate()
-            server.wait(60)
+    with serving(args.vllm) as server:
+        record(args.version, args.out)
+        if args.drain:
+            drain(server)
 
 
 if __name__ == "__main__":

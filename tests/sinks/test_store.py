@@ -1,51 +1,17 @@
-"""The embedded store: what is kept, what survives, what happens when the disk does not play along."""
+"""The embedded store: what is kept, how it is rolled up, and what a query answers."""
 
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from powerd.clock import NS, RealClock
-from powerd.config import StoreConfig
-from powerd.errors import RequestError, UnavailableError
-from powerd.model import Event, Health, Reading, Snapshot
-from powerd.sinks import writer
+from powerd.clock import NS
+from powerd.errors import RequestError
+from powerd.model import Event, Reading
+from powerd.sinks import store as module
 from powerd.sinks.columns import COLUMNS, TABLES
-from powerd.sinks.store import MAX_SCAN_ROWS, Store
-
-A, B = (f"GPU-00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
-T0 = 1_800_000_000 // 3600 * 3600  # a whole hour
-
-
-def snapshot(second: float, gpus: tuple[str, ...] = (A, B), **fields: object) -> Snapshot:
-    ns = round((T0 + second) * NS)
-    return Snapshot(0, ns, ns, tuple(Reading(uuid, ns, Health.UP, 1, **fields) for uuid in gpus))
-
-
-def store(path: Path, config: StoreConfig | None = None) -> Store:
-    return Store(path / "store.sqlite", config or StoreConfig(), RealClock())
-
-
-def fill(target: Store, seconds: range, hz: int = 1, gpus: tuple[str, ...] = (A, B)) -> None:
-    """Energy rises by 300 J a second, power is 100 W times the second's last digit."""
-    for second in seconds:
-        while target.stats().backlog > 2000:
-            time.sleep(0.001)
-        for part in range(hz):
-            target.append(snapshot(second + part / hz, gpus, energy_mj=300_000 * second + part, power_mw=100_000 * (second % 10)))
-
-
-def wait_until_rows(target: Store, rows: int) -> None:
-    """The writer works once a second; a full batch wakes it."""
-    deadline = time.monotonic() + 30
-    while target.stats().rows < rows:
-        assert time.monotonic() < deadline, target.stats()
-        time.sleep(0.02)
+from powerd.sinks.store import MAX_SCAN_ROWS
+from tests.sinks.stored import T0, A, B, fill, snapshot, store, wait_until_rows
 
 
 def test_ten_samples_a_second_become_one_row_of_means_and_last_values(tmp_path: Path):
@@ -177,8 +143,6 @@ def test_the_range_picks_the_table_and_points_bound_the_answer(big: Path, hours:
 
 
 def test_no_query_scans_more_rows_than_promised(big: Path, monkeypatch: pytest.MonkeyPatch):
-    from powerd.sinks import store as module
-
     asked = []
     real = module.select
     monkeypatch.setattr(module, "select", lambda table, *a, **k: asked.append(table) or real(table, *a, **k))
@@ -230,178 +194,6 @@ def test_events_come_back_as_they_went_in(tmp_path: Path):
         "drift", A, "sm_clock", "changed by pid 9", {"to_mhz": 1200, "held": None},
     )  # fmt: skip
     assert stored.wall_ns == T0 * NS
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from powerd.clock import NS, RealClock
-from powerd.config import StoreConfig
-from powerd.model import Health, Reading, Snapshot
-from powerd.sinks.store import Store
-
-store = Store(Path(sys.argv[1]), StoreConfig(), RealClock())
-T0 = int(sys.argv[2])
-second, told = 0, 0
-while True:
-    for tenth in range(10):
-        ns = (T0 + second) * NS + tenth * NS // 10
-        store.append(Snapshot(0, ns, ns, (Reading(sys.argv[3], ns, Health.UP, 1, second * 300_000, ns, 300_000),)))
-    second += 1
-    while store.stats().rows < second - 60:
-        pass
-    if store.stats().rows >= told + 500:
-        told = store.stats().rows
-        print(told, flush=True)
-"""
-
-
-def test_sigkill_loses_nothing_that_was_committed(tmp_path: Path):
-    path = tmp_path / "store.sqlite"
-    for round_number in range(3):
-        t0 = T0 + round_number * 100_000
-        with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path), str(t0), A], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            told = [int(process.stdout.readline()) for _ in range(2)][-1]
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        again = store(tmp_path)
-        rows = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "raw"))
-        minutes = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "r60"))
-        assert again.stats().quarantined == 0
-        again.close()
-        assert len(rows) >= told
-        assert [r[2] for r in rows] == [300_000.0 * n for n in range(len(rows))]
-        assert all(r[2] == 300_000.0 * (r[0] - t0 + 59) for r in minutes[:-1])
-        with sqlite3.connect(path) as connection:
-            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-FULL = """
-import json, resource, sys, time
-from pathlib import Path
-from powerd.clock import NS, RealClock
-from powerd.config import StoreConfig
-from powerd.model import Health, Reading, Snapshot
-from powerd.sinks import writer
-from powerd.sinks.store import Store
-
-writer.RETRY_ROUNDS = 0
-store = Store(Path(sys.argv[1]), StoreConfig(), RealClock())
-T0 = int(sys.argv[2])
-second = 0
-
-def put(seconds):
-    global second
-    for _ in range(seconds):
-        ns = (T0 + second) * NS
-        store.append(Snapshot(0, ns, ns, (Reading(sys.argv[3], ns, Health.UP, 1, second * 300_000, ns, 300_000),)))
-        second += 1
-
-def wait(what):
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end, store.stats()
-        time.sleep(0.01)
-
-put(200)
-wait(lambda: store.stats().rows >= 199)
-size = store.stats().size_bytes
-resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-slowest = 0.0
-while not store.stats().errors:
-    begin = time.monotonic()
-    put(1000)
-    slowest = max(slowest, time.monotonic() - begin)
-    time.sleep(0.05)
-full = store.stats()
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-put(100)
-store.close()
-after = store.stats()
-print(json.dumps({"problem": full.problem, "errors": full.errors, "rows": after.rows, "sent": second, "dropped": after.dropped,
-                  "after": after.problem}))
-"""
-
-
-def test_a_full_disk_is_told_counted_and_forgotten_when_there_is_room_again(tmp_path: Path):
-    import json
-
-    path = tmp_path / "store.sqlite"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(path), str(T0), A], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["errors"] >= 1
-    assert "store.sqlite" in told["problem"]
-    assert told["after"] == ""
-    assert told["rows"] + told["dropped"] >= told["sent"]
-    again = store(tmp_path)
-    rows = list(again.rows([A], T0, T0 + told["sent"], ["energy_mj"]))
-    again.close()
-    assert len(rows) == told["rows"]
-
-
-def test_a_place_that_cannot_be_written_degrades_and_never_raises(tmp_path: Path):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    one = Store(blocked / "store.sqlite", StoreConfig(), RealClock())
-    fill(one, range(0, 200))
-    one.append_event(Event(1, 1, 1, "drift"))
-    with pytest.raises(UnavailableError):
-        one.history([A], T0, T0 + 10)
-    one.close()
-    stats = one.stats()
-    assert stats.errors >= 1
-    assert stats.rows == 0
-    assert "file" in stats.problem
-
-
-def test_a_corrupt_file_is_put_aside_and_a_new_one_begun(tmp_path: Path):
-    (tmp_path / "store.sqlite").write_bytes(b"this is not a database" * 1000)
-    one = store(tmp_path)
-    fill(one, range(0, 200))
-    one.close()
-    assert one.stats().quarantined == 1
-    assert len(list(tmp_path.glob("store.sqlite.corrupt-*"))) == 1
-    again = store(tmp_path)
-    assert len(list(again.rows([A], T0, T0 + 200, ["energy_mj"]))) == 200
-    again.close()
-
-
-def test_a_file_torn_in_the_middle_is_put_aside_when_it_is_noticed(tmp_path: Path):
-    one = store(tmp_path)
-    fill(one, range(0, 2000))
-    one.close()
-    path = tmp_path / "store.sqlite"
-    data = bytearray(path.read_bytes())
-    for offset in range(4096, len(data), 4096):
-        data[offset : offset + 4096] = b"\xff" * min(4096, len(data) - offset)
-    path.write_bytes(data)
-    again = store(tmp_path)
-    fill(again, range(2000, 2200))
-    again.close()
-    assert again.stats().quarantined == 1
-    assert again.stats().problem == ""
-    assert again.stats().rows == 400
-
-
-def test_a_writer_that_is_stuck_costs_rows_and_never_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import threading
-
-    gate = threading.Event()
-    real = writer.Writer._guarded
-    monkeypatch.setattr(writer.Writer, "_guarded", lambda self: (gate.wait(), real(self))[1])
-    one = store(tmp_path)
-    for number in range(20_000):
-        one.append(snapshot(number / 10, (A,), power_mw=1))
-    assert one.stats().dropped > 10_000
-    gate.set()
-    one.close()
-    assert one.stats().rows > 0
 
 
 def test_columns_are_fields_of_a_reading():

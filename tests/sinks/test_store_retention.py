@@ -6,7 +6,7 @@ from pathlib import Path
 from powerd.clock import NS
 from powerd.config import StoreConfig
 from powerd.records import HostLoad
-from tests.sinks.test_store import T0, A, B, fill, store
+from tests.sinks.stored import T0, A, B, fill, store
 
 
 def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path):

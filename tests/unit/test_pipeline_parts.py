@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from powerd.errors import RequestError
+from powerd_integrations.adapter import place_in
 from powerd_integrations.pipeline import Options, Place, launch, place_of, rendezvous
 from powerd_integrations.pipeline.agreement import TABLE, Event, MakePlan, State
 from powerd_integrations.pipeline.gpu import iteration
@@ -21,7 +22,6 @@ from powerd_integrations.pipeline.place import first_host
 from powerd_integrations.pipeline.planning import AtDaemon, as_it_is, in_time, planning
 from powerd_integrations.pipeline.recorded import OrderError, agree, check, keys
 from powerd_integrations.pipeline.sweep import Sweep, ladder
-from powerd_integrations.torch_pipeline import place_in
 from powerd_integrations.torch_timing import EventTiming
 from powerd_policies.perseus import schedules
 from tests.unit.pipeline_rig import BLOCKING_W, CLOCKS, joules, seconds

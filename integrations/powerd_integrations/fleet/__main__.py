@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from powerd.errors import PowerdError, RequestError
@@ -21,6 +22,7 @@ from powerd_integrations.fleet.server import PlannerServer
 from powerd_integrations.fleet.settings import FleetSettings
 from powerd_integrations.fleet.targets import Targets
 from powerd_policies.dynamollm.fleet import FleetController
+from powerd_policies.dynamollm.predictor import UNIX_EPOCH_S
 
 BAD_CONFIGURATION = 78
 
@@ -65,7 +67,7 @@ def controller(settings: FleetSettings) -> FleetController:
     """Build the policy that the file names."""
     from powerd_integrations.fleet.policy import build
 
-    return build(settings)
+    return build(settings, epoch_s=UNIX_EPOCH_S + time.time() - time.monotonic())  # the planner's clock is the monotonic one
 
 
 def _address(listen: str) -> tuple[str, int]:

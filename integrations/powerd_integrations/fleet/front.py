@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from powerd_integrations.fleet import bodies
+from powerd_integrations.fleet import bodies, sse
 from powerd_integrations.fleet.tally import Passed, Tally
 from powerd_integrations.fleet.waiting import Leash, Waiting
 from powerd_policies.dynamollm.classes import NAMES
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PATHS: Final = ("/v1/completions", "/v1/chat/completions")
 _NOT_PASSED: Final = frozenset({"host", "content-length", "connection", "transfer-encoding", "keep-alive", "accept-encoding"})
+_PASSED_BACK: Final = ("Content-Type", "Retry-After", "X-Request-Id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ class Front:
         from aiohttp import web
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.options.connect_timeout_s)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+        # vLLM closes a connection that was idle for 5 s; a request that is sent at that moment would be taken for a failure.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
         app = web.Application(client_max_size=64 << 20)
         app.add_routes([web.post(path, self.handle) for path in PATHS])
@@ -254,6 +256,7 @@ class Front:
         self.tally.at[replica] += 1
         response: web.StreamResponse | None = None
         leash: Leash | None = None
+        watch = sse.Watch()
         try:
             async with asyncio.timeout(None) as timeout:
                 # Of an answer that comes whole nobody knows whether it has begun: it stays where it is.
@@ -261,7 +264,7 @@ class Front:
                 async with await self._post(self._urls[replica] + request.path, raw, headers, body.stream) as answer:
                     if answer.status >= 500:
                         raise _BrokenError(f"{replica} answered {answer.status}", took=answer.status != 503)
-                    async for piece in self._pieces(answer):
+                    async for piece in sse.pieces(answer, watch, self.options.silence_s):
                         if response is None:
                             self._first(passed, replica)
                             response = await _begin(request, answer)
@@ -269,8 +272,11 @@ class Front:
                         await response.write(piece)
             if response is None:
                 raise _BrokenError(f"{replica} answered nothing")
-            self._end(passed, "answered" if answer.status < 400 else "rejected")
             self._strikes.pop(replica, None)
+            if watch.error is not None and not watch.error.refused:
+                self.suspect(replica)
+                self._end(passed, "failed")
+            self._end(passed, "answered" if answer.status < 400 and watch.error is None else "rejected")
             await response.write_eof()
             return response
         except (aiohttp.ClientError, OSError, TimeoutError, KeyError) as error:
@@ -291,25 +297,6 @@ class Front:
         assert self._session is not None, "the front has not begun"
         async with asyncio.timeout(self.options.silence_s if stream else self.options.answer_s):
             return await self._session.post(url, data=raw, headers=headers)
-
-    async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """What an engine says; a whole answer is kept back until it is whole, so that it can be asked for elsewhere."""
-        if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
-            yield await answer.read()
-            return
-        said = b""
-        while True:
-            async with asyncio.timeout(self.options.silence_s):
-                piece = await answer.content.readany()
-            if not piece:
-                break
-            if not said and piece.startswith(b'data: {"error"'):
-                raise ConnectionError(piece[6:200].decode(errors="replace"))
-            said = (said + piece)[-64:]
-            yield piece
-        # An engine that is killed may close a connection as one that has finished does.
-        if b"[DONE]" not in said:
-            raise ConnectionError("the stream ended before [DONE]")
 
     async def _broke_off(
         self, passed: Passed, response: web.StreamResponse, replica: str, error: Exception
@@ -365,8 +352,17 @@ class Front:
         return web.Response(text=self.tally.page())
 
     async def _models(self, request: web.Request) -> web.Response:
+        import aiohttp
         from aiohttp import web
 
+        assert self._session is not None, "the front has not begun"
+        for replica in [state.id for state in self._states if state.phase == "serving" and state.id not in self._suspects]:
+            # The name that the engines know: they refuse every other one.
+            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, KeyError):
+                url = f"{self._urls[replica]}/v1/models"
+                async with asyncio.timeout(self.options.connect_timeout_s), self._session.get(url) as answer:
+                    if answer.status == 200:
+                        return web.Response(body=await answer.read(), content_type="application/json")
         card = {"id": self._model.name, "object": "model", "owned_by": "powerd"}
         return web.json_response({"object": "list", "data": [card]})
 
@@ -374,7 +370,8 @@ class Front:
 async def _begin(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
     from aiohttp import web
 
-    response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.headers.get("Content-Type", "")})
+    headers = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
+    response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(request)
     return response
 

@@ -7,11 +7,14 @@ The published count of a group walks ``serving -> leaving (out of the routes) ->
 
 1. when every group that takes its requests over serves as many replicas as are wanted of it, or nothing has room to wait for it,
 2. and, for the last replica of a group, ``settle_s`` after the routes no longer name the group, when no reader sends any more.
+
+Room is judged step by step: as long as one newcomer fits beside what there is, it is started first; the last old replica goes
+before its successors only when none fits, and leaves the routes first when somebody else of its pool serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from powerd_integrations.fleet.published import Group
@@ -48,6 +51,7 @@ class Handover:
     starting_s: Mapping[Group, float] = field(default_factory=dict)  # waits for replicas since then
     leaving_s: Mapping[Group, float] = field(default_factory=dict)  # out of the routes since then
     given_up_s: Mapping[Group, float] = field(default_factory=dict)  # did not come up; not tried again for a while
+    gave_way: frozenset[Group] = frozenset()  # ended before their successors began; started again when these do not come up
 
 
 def step(
@@ -60,7 +64,9 @@ def step(
     for group, count in targets.items():
         desired[group] = max(desired.get(group, 0), count)
     shrinking = {group: targets.get(group, 0) for group in sorted(desired) if desired[group] > targets.get(group, 0)}
-    routes = _routes(wanted.routes, targets, serving, state.routes)
+    yields = set() if frozen else _yielding(state.desired, desired, shrinking, serving, limits)
+    ended = {group for group, count in serving.items() if count and not state.desired.get(group, 0) and not targets.get(group, 0)}
+    routes = _routes(wanted.routes, targets, serving, state.routes, yields, ended)
     routed = {group for groups in routes.values() for group in groups}
     leaving = {group: state.leaving_s.get(group, now_s) for group in shrinking if group not in routed}
     if not frozen:
@@ -69,9 +75,18 @@ def step(
             last = count == 0 and now_s - leaving.get(group, now_s) < limits.settle_s and serving.get(group, 0) > 0
             if not waits and not last:
                 desired[group] = count
-    _fit(desired, state.desired, shrinking, serving, limits, frozen, now_s, events)
+    pools = {group.pool for group, count in targets.items() if serving.get(group, 0) < count}
+    gave_way = {group for group in state.gave_way if group.pool in pools}
+    for group in sorted(yields & _yielding(state.desired, desired, shrinking, serving, limits)):  # others may have made room
+        if group in routed:
+            gave_way.add(group)
+            events.append(FleetEvent(now_s, "gate", str(group), "no room to start the new replicas before the last old one ends"))
+        if group in routed or now_s - leaving[group] >= limits.settle_s:
+            desired[group] = 0
+    _fit(desired, state.desired, shrinking, serving, limits, frozen)
     late = {group: state.starting_s.get(group, now_s) for group, n in desired.items() if serving.get(group, 0) < n}
-    return Handover(desired, routes, late, {g: s for g, s in leaving.items() if desired[g]}, state.given_up_s), tuple(events)
+    leaving = {group: since_s for group, since_s in leaving.items() if desired[group]}
+    return Handover(desired, routes, late, leaving, state.given_up_s, frozenset(gave_way)), tuple(events)
 
 
 def _without_given_up(
@@ -93,7 +108,8 @@ def _without_given_up(
         targets[group] = desired[group] = min(serving.get(group, 0), wanted[group])
         for other in state.desired:  # what it should have replaced
             if other.pool == group.pool and other != group and other not in given_up:
-                targets[other] = max(targets.get(other, 0), min(state.desired[other], max(1, serving.get(other, 0))))
+                kept = 1 if other in state.gave_way else min(state.desired[other], max(1, serving.get(other, 0)))
+                targets[other] = max(targets.get(other, 0), kept)
     return targets, replace(state, given_up_s=given_up, desired=desired)
 
 
@@ -107,46 +123,74 @@ def _taken_over(
 
 
 def _routes(
-    wanted: Mapping[str, tuple[str, ...]], targets: Counts, serving: Counts, old: Mapping[str, tuple[Group, ...]]
-) -> dict[str, tuple[Group, ...]]:
-    """For each class the groups that serve: of each pool those that are wanted, else whatever of it serves still."""
+    wanted: Mapping[str, tuple[str, ...]], targets: Counts, serving: Counts, old: Mapping[str, tuple[Group, ...]],
+    yields: Set[Group], ended: Set[Group],
+) -> dict[str, tuple[Group, ...]]:  # fmt: skip
+    """For each class the groups that serve: of each pool those that are wanted, else whatever of it serves still.
+
+    A group that ends gets nothing more, even when nobody else serves: who waits there would keep it from ending.
+    """
     routes = {}
     for name, pools in wanted.items():
         groups: list[Group] = []
         for pool in pools:
-            alive = sorted(g for g, n in serving.items() if g.pool == pool and n > 0)
+            alive = sorted(g for g, n in serving.items() if g.pool == pool and n > 0 and g not in ended)
+            alive = [g for g in alive if g not in yields] or alive
             ready = [g for g in alive if targets.get(g, 0) > 0]
             full = ready and all(serving.get(g, 0) >= n for g, n in targets.items() if g.pool == pool)
             groups += ready if full else alive
-        before = [g for g in old.get(name, ()) if serving.get(g, 0) > 0 and g not in groups]
+        before = [g for g in old.get(name, ()) if serving.get(g, 0) > 0 and g not in ended and g not in groups]
         routes[name] = tuple(groups or before)
     return routes
 
 
-def _fit(
-    desired: dict[Group, int], before: Counts, shrinking: Counts, serving: Counts, room: Limits, frozen: bool, now_s: float,
-    events: list[FleetEvent],
-) -> None:  # fmt: skip
+def _yielding(now: Counts, desired: Counts, shrinking: Counts, serving: Counts, room: Limits) -> set[Group]:
+    """The last replicas of their groups that give way because nothing else makes room for any newcomer."""
+    merged = dict(desired)
+    if _waves(merged, now, shrinking, serving, room) or _trim(merged, now, room) or _wave_runs(desired, now, serving):
+        return set()
+    if sum(group.tp * count for group, count in desired.items()) <= room.gpus:
+        return set()
+    last = [group for group, count in shrinking.items() if count == 0 and desired[group] == 1]
+    return set(last[: _wave(shrinking, desired, room)])
+
+
+def _fit(desired: dict[Group, int], before: Counts, shrinking: Counts, serving: Counts, room: Limits, frozen: bool) -> None:
     """Old and new together may not use more GPUs than there are: the old give way in waves, and the new start where they were."""
+    if not frozen:
+        _waves(desired, before, shrinking, serving, room)
+    _trim(desired, before, room)
 
-    def over() -> int:
-        return sum(group.tp * count for group, count in desired.items()) - room.gpus
 
-    growing = [group for group in sorted(desired) if desired[group] > before.get(group, 0)]
-    wave_runs = any(serving.get(group, 0) < before.get(group, 0) for group in growing)
-    if over() > 0 and shrinking and not frozen and not wave_runs:
-        alive = sum(desired[group] for group in shrinking)
-        wave = max(1, int(alive * room.wave_ratio))
-        for keep in (1, 0):  # the last of a pool only where nothing else makes room
-            for group, count in shrinking.items():
-                while wave > 0 and over() > 0 and desired[group] > max(count, keep):
-                    desired[group] -= 1
-                    wave -= 1
-                    if keep == 0:
-                        detail = "no room to start the new replicas before the last old one ends"
-                        events.append(FleetEvent(now_s, "gate", str(group), detail))
-            if wave < max(1, int(alive * room.wave_ratio)):
-                break
-    for group in reversed(growing):
-        while over() > 0 and desired[group] > before.get(group, 0):
+def _waves(desired: dict[Group, int], before: Counts, shrinking: Counts, serving: Counts, room: Limits) -> bool:
+    """Take a wave of old replicas away, of no group the last one; whether any was taken."""
+    if _wave_runs(desired, before, serving):
+        return False
+    wave = most = _wave(shrinking, desired, room)
+    for group, count in shrinking.items():
+        while wave > 0 and _over(desired, room) > 0 and desired[group] > max(count, 1):
             desired[group] -= 1
+            wave -= 1
+    return wave < most
+
+
+def _trim(desired: dict[Group, int], before: Counts, room: Limits) -> bool:
+    """Start only what fits; whether anything is started."""
+    growing = [group for group in sorted(desired) if desired[group] > before.get(group, 0)]
+    for group in reversed(growing):
+        while _over(desired, room) > 0 and desired[group] > before.get(group, 0):
+            desired[group] -= 1
+    return any(desired[group] > before.get(group, 0) for group in growing)
+
+
+def _wave(shrinking: Counts, desired: Counts, room: Limits) -> int:
+    return max(1, int(sum(desired[group] for group in shrinking) * room.wave_ratio))
+
+
+def _wave_runs(desired: Counts, before: Counts, serving: Counts) -> bool:
+    """Whether newcomers that the last wave made room for still start."""
+    return any(count > before.get(group, 0) > serving.get(group, 0) for group, count in desired.items())
+
+
+def _over(desired: Counts, room: Limits) -> int:
+    return sum(group.tp * count for group, count in desired.items()) - room.gpus

@@ -117,6 +117,7 @@ class CommandLauncher:
         if process is None:
             return "it was never started"
         code = await process.wait()
+        _end_group(process.pid)
         self._taken.pop(handle.id, None)
         self._running.pop(handle.id, None)
         return f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
@@ -131,10 +132,9 @@ class CommandLauncher:
             async with asyncio.timeout(timeout_s):
                 await process.wait()
         except TimeoutError:
-            # Its workers too: they are in the group that was made for it, and nobody else is.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end_group(process.pid)
             await process.wait()
+        _end_group(process.pid)
         self._taken.pop(handle.id, None)
         self._running.pop(handle.id, None)
 
@@ -147,6 +147,15 @@ class CommandLauncher:
         found = next((block for block in blocks if used.isdisjoint(block)), tuple(free[:tp]))
         self._taken[id_] = found
         return found
+
+
+def _end_group(group: int) -> None:
+    """Kill an engine's workers: they are in the group that was made for it, and nobody else is.
+
+    vLLM's outlive it, and keep the GPUs' memory, when it or its core is killed.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _free_port(host: str) -> int:

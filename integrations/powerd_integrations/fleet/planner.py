@@ -1,7 +1,8 @@
 """The live planner: runs a controller on what is observed and publishes its plan for everybody to read.
 
 House rules: a controller that fails, and input that is stale, leave the last plan in force, and the plan says so; while anything
-is stale nothing shrinks; the plan is replaced as a whole, in memory and on disk; nothing here touches a GPU.
+is stale nothing shrinks; a planner that starts begins with the fleet that is there; the plan is replaced as a whole, in memory
+and on disk; nothing here touches a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from powerd_policies.dynamollm.fleet import FleetController, FleetEvent, FleetPl
 
 log = logging.getLogger("powerd.fleet")
 KEPT_EVENTS: Final = 200
+UNDECIDED: Final = "nothing decided yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class PlannerOptions:
     stale_after_s: float = 10.0  # input older than this is stale
     gone_after_s: float = 15.0  # an instance that has not reported for so long does not exist
     tick_s: float = 1.0
+    look_s: float = 0.0  # before the first decision: who serves already reports within it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,14 @@ class LivePlanner:
         self._file = plan_file
         # Least and most replicas of each group that an autoscaler knows: every plan names them, also with 0.
         self._groups = dict(groups)
+        self._begun_s = now_s()
         self._nobodys: frozenset[Group] = frozenset()  # wanted, and no group of ours
         self._now_s, self._unix_s = now_s, unix_s
         self._lock = threading.Lock()
         self._seen = Observations(now_s(), options.gone_after_s)
         self._requests: Counter[str] = Counter()
         self._events: deque[FleetEvent] = deque(maxlen=KEPT_EVENTS)
-        self._handover = handover.Handover(desired=dict.fromkeys(self._groups, 0))
+        self._handover = handover.Handover()
         self._wanted: FleetPlan | None = None
         self._decided_s: float | None = None  # on the planner's clock
         self._decided_unix_s: float | None = None
@@ -84,7 +88,7 @@ class LivePlanner:
         self._decide_seconds = 0.0
         self._file_error = ""
         self.subscribers = Subscribers()
-        self._plan = PublishedPlan(0, None, unix_s(), controller.name, held="nothing decided yet", desired=self._handover.desired)
+        self._plan = PublishedPlan(0, None, unix_s(), controller.name, held=UNDECIDED)
 
     # --- what comes in --------------------------------------------------------------------------------------------------------
 
@@ -147,8 +151,9 @@ class LivePlanner:
                 self._seen.forget_arrivals(now_s)
             frozen = bool(held) or self._seen.oldest_load_s(now_s) > self._options.stale_after_s
             serving = self._seen.serving(now_s)
-            due = self._wanted is None or now_s - self._last_try_s >= self._controller.period_s
-            state = self._seen.state(now_s, self._options.limits.gpus) if due and (not held or self._wanted is None) else None
+            new = self._wanted is None
+            due = now_s >= self._begun_s + self._options.look_s if new else now_s - self._last_try_s >= self._controller.period_s
+            state = self._seen.state(now_s, self._options.limits.gpus) if due and (not held or new) else None
         if state is not None:
             self._last_try_s = now_s
             begun_s = time.perf_counter()
@@ -166,6 +171,8 @@ class LivePlanner:
         if self._wanted is not None:
             limits = self._options.limits
             counts = Counter(replica.group for replica in serving)
+            if new:
+                self._handover = handover.Handover({group: counts[group] for group in self._groups})
             self._handover, events = handover.step(
                 self._handover, _wanted(self._wanted, self._groups), counts, now_s, limits, frozen=frozen
             )
@@ -173,6 +180,8 @@ class LivePlanner:
         with self._lock:
             self._serving = serving
             self._held_ticks += bool(held)
+        if self._wanted is None:
+            held = held or UNDECIDED
         return self._publish(held or ("some instances' metrics are stale: nothing shrinks" if frozen else ""))
 
     def _why_held(self, now_s: float) -> str:

@@ -1,7 +1,7 @@
 """One TOML file for planner, router and replicas: pools, limits, classes, engine, policy.
 
 House rules: an unknown key is an error that names the nearest valid one; every value is checked before anything starts; names of
-policies and their options belong to `powerd_policies.dynamollm.policies` and are passed on as they are.
+policies and their options belong to `powerd_policies.dynamollm` and are checked where the policy is built (`fleet.policy`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from powerd.errors import RequestError
@@ -33,10 +34,12 @@ class PlannerSection:
     token_file: str = ""  # who reports must hold what is in it
     policy: str = "dynamollm"
     engine_model: str = ""  # file with the engine's figures (powerctl dynamollm profile makes it)
+    start_s: float = 47.0  # from the wish for a replica until it serves; the default is the paper's, with every fix
     arrivals: str = "routers"  # who counts them: routers that report, or "engines" that are scraped (no router is ours)
     stale_after_s: float = 10.0
     gone_after_s: float = 15.0
     tick_s: float = 1.0
+    look_s: float = 3.0  # before the first decision, so that replicas that serve already are known
     start_timeout_s: float = 900.0
     retry_s: float = 1800.0
     settle_s: float = 2.0
@@ -117,6 +120,7 @@ class FleetSettings:
     engine: EngineSection = EngineSection()
     service: ServiceSection = ServiceSection()
     policy: Mapping[str, Any] = field(default_factory=dict)  # options of planner.policy
+    forecast: Mapping[str, Any] = field(default_factory=dict)  # options of its load predictor
 
     def slo_of(self, row: GroupSection) -> Slo:
         """Return what a group's replicas are held to."""
@@ -134,7 +138,7 @@ class FleetSettings:
         """How the planner looks at its fleet."""
         p = self.planner
         limits = Limits(p.gpus, p.start_timeout_s, p.retry_s, p.settle_s, p.wave_ratio)
-        return PlannerOptions(limits, p.stale_after_s, p.gone_after_s, p.tick_s)
+        return PlannerOptions(limits, p.stale_after_s, p.gone_after_s, p.tick_s, p.look_s)
 
 
 def load(path: Path | str) -> FleetSettings:
@@ -152,7 +156,7 @@ def parse(text: str, name: str = "fleet.toml") -> FleetSettings:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RequestError(f"{name}: {error}", code="bad_value") from None
-    known = ("planner", "groups", "classes", "engine", "service", "policy")
+    known = ("planner", "groups", "classes", "engine", "service", "policy", "forecast")
     for key in document:
         _refuse_unknown(key, known, name)
     groups = document.get("groups", [])
@@ -164,7 +168,8 @@ def parse(text: str, name: str = "fleet.toml") -> FleetSettings:
         classes=_classes(document.get("classes", {}), f"{name}: [classes]"),
         engine=_section(EngineSection, document.get("engine", {}), f"{name}: [engine]"),
         service=_section(ServiceSection, document.get("service", {}), f"{name}: [service]"),
-        policy=document.get("policy", {}),
+        policy=_table(document.get("policy", {}), f"{name}: [policy]"),
+        forecast=_table(document.get("forecast", {}), f"{name}: [forecast]"),
     )
     _check(settings, name)
     return settings
@@ -181,7 +186,7 @@ def _check(settings: FleetSettings, name: str) -> None:
         raise _bad(name, f"[planner] arrivals: routers or engines, not {settings.planner.arrivals!r}")
     if settings.planner.gpus < 1:
         raise _bad(name, "[planner] gpus: from 1")
-    for key in ("stale_after_s", "gone_after_s", "tick_s", "start_timeout_s", "settle_s"):
+    for key in ("stale_after_s", "gone_after_s", "tick_s", "start_s", "start_timeout_s", "settle_s"):
         if getattr(settings.planner, key) <= 0:
             raise _bad(name, f"[planner] {key}: above 0")
     if not 0 < settings.planner.wave_ratio <= 1:
@@ -209,22 +214,36 @@ def _classes(document: Any, where: str) -> Classes:
     return Classes((low, middle, high), (section.output_bounds[0], section.output_bounds[1]), slos)
 
 
-def _section(kind: type[T], document: Any, where: str) -> T:
-    if not isinstance(document, dict):
-        raise _bad(where, "a table")
+def values_of(kind: type, document: Any, where: str) -> dict[str, Any]:
+    """Return a table of the file as values of a dataclass's fields; RequestError for an unknown key, a value of another kind."""
     hints = get_type_hints(kind)
     values = {}
-    for key, value in document.items():
+    for key, value in _table(document, where).items():
         _refuse_unknown(key, tuple(hints), where)
         values[key] = _typed(value, hints[key], f"{where} {key}")
+    return values
+
+
+def _section(kind: type[T], document: Any, where: str) -> T:
+    values = values_of(kind, document, where)
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         if item.name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise _bad(where, f"{item.name} is missing")
     return kind(**values)
 
 
+def _table(document: Any, where: str) -> dict[str, Any]:
+    if not isinstance(document, dict):
+        raise _bad(where, "a table")
+    return document
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType:  # or None, which a file says by leaving the key out
+        return _typed(value, inner[0], where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _section(hint, value, where)
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(item, inner[0], where) for item in value)
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):

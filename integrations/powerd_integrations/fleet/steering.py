@@ -7,13 +7,13 @@ the request; text that was sent already is not sent again; the same rule chooses
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from powerd_integrations.fleet import sse
 from powerd_integrations.fleet.published import Group, PlanSource, PublishedPlan
 from powerd_integrations.fleet.reporter import ArrivalCounter
 from powerd_integrations.fleet.settings import FleetSettings
@@ -25,7 +25,6 @@ from powerd_policies.dynamollm.router import PromptTooLongError, Router
 
 log = logging.getLogger("powerd.fleet")
 POLL_S: Final = 0.05
-DONE: Final = b"[DONE]"
 
 #: Sends a request to a replica of a group; yields the HTTP status as text, then the body as it comes.
 Send = Callable[[Group, str, dict[str, Any], Mapping[str, str]], AsyncIterator[bytes]]
@@ -51,6 +50,7 @@ class Ticket:
     output_size: int
     arrived_s: float
     sent_text: list[str] = field(default_factory=list)
+    sent_tokens: int = 0
     attempts: int = 0
 
     @property
@@ -117,22 +117,28 @@ class Steering:
 
     async def _relay(self, ticket: Ticket, instance: str, group: Group) -> Any:
         """Yield status and body of one attempt; every way out is counted at the router."""
+        if not ticket.sent_text:
+            ticket.sent_tokens = 0  # none of them was text yet: the client will not see any twice
         body, headers = _rest_of(ticket)
-        first, whole = True, False
+        first, whole, before = True, False, ticket.sent_tokens
         answer = self._send(group, ticket.path, body, headers)
         try:
             status = await _first(answer)
             if ticket.streams and status == b"200":
                 yield status
                 async for event in _events(answer):
-                    text, done = _read(event)
-                    if first and text:
-                        first = False
-                        self.router.first_token(instance, ticket.prompt)
-                    if text:
-                        ticket.sent_text.append(text)
+                    said = sse.read(event)
+                    if said.error is not None and not said.error.refused:
+                        raise BrokenOffError(said.error.message)
+                    if said.counts:
+                        ticket.sent_tokens = ticket.sent_tokens + 1 if said.tokens is None else before + said.tokens
+                        if first:
+                            first = False
+                            self.router.first_token(instance, ticket.prompt)
+                    if said.text:
+                        ticket.sent_text.append(said.text)
                     yield event
-                    if done:
+                    if said.done:
                         whole = True
                         break
                 if not whole:
@@ -142,7 +148,7 @@ class Steering:
                 whole = True
                 yield status
                 yield b"".join(parts)
-            self._sizes.learn(ticket.prompt, len(ticket.sent_text))
+            self._sizes.learn(ticket.prompt, ticket.sent_tokens)
         except (asyncio.CancelledError, GeneratorExit, BrokenOffError):
             raise
         except Exception as error:  # whatever carries requests has errors of its own: Ray's, a socket's
@@ -197,7 +203,7 @@ def _can_go_on(ticket: Ticket) -> bool:
 
 def _rest_of(ticket: Ticket) -> tuple[dict[str, Any], Mapping[str, str]]:
     """What is left to ask for: the prompt with what was answered already, and as many tokens fewer."""
-    done = len(ticket.sent_text)
+    done = ticket.sent_tokens
     if not done:
         return ticket.body, ticket.headers
     body = {**ticket.body, "prompt": ticket.body["prompt"] + "".join(ticket.sent_text)}
@@ -223,21 +229,3 @@ async def _events(answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         while (end := held.find(b"\n\n")) >= 0:
             yield held[: end + 2]
             held = held[end + 2 :]
-
-
-def _read(event: bytes) -> tuple[str, bool]:
-    """The text of an event, and whether it is the last; BrokenOffError for an engine's own error."""
-    data = event.strip().removeprefix(b"data:").strip()
-    if data == DONE:
-        return "", True
-    try:
-        document = json.loads(data)
-        if "error" in document:
-            raise BrokenOffError(str(document["error"].get("message", "an error")))
-        choices = document.get("choices") or [{}]
-        text = choices[0].get("text")
-        if text is None:
-            text = (choices[0].get("delta") or {}).get("content")
-        return text or "", False
-    except (ValueError, AttributeError, TypeError, LookupError):
-        return "", False

@@ -63,7 +63,8 @@ class EngineReplica:
             raise EngineError(f"no {path}; there are {', '.join(PATHS)}")
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._settings.engine.request_timeout_s)
-            self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+            # vLLM closes a connection that was idle for 5 s; a request that is sent at that moment would be taken for a failure.
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
         try:
             async with self._session.post(self._url + path, json=body, headers=dict(headers)) as answer:
                 if answer.status >= 500:

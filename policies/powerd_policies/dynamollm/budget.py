@@ -69,9 +69,10 @@ class WattBudget:
         return Ceiling(min(clock for _, clock in self.model.table), power_w, power_w <= self.budget_w)
 
     def _gpu_w(self, draw: Draw, ceiling_mhz: int | None) -> float:
-        clock = draw.clock_mhz
+        clocks = self.model.clocks_mhz(draw.tp)
+        above = [each for each in clocks if each >= draw.clock_mhz > 0]  # a live GPU may have any clock; 0: not known
+        clock = above[-1] if above else clocks[0]
         if ceiling_mhz is not None and clock > ceiling_mhz:
-            clocks = self.model.clocks_mhz(draw.tp)
             clock = next((each for each in clocks if each <= ceiling_mhz), clocks[-1])
         at = self.model.table[draw.tp, clock]
         return peak_w(at) if self.strict else steady_w(at, draw.prompt_tokens_per_s, draw.output_tokens_per_s)

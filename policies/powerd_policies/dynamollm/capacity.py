@@ -125,6 +125,7 @@ class Capacity:
     class_late: float = 0.03
     margin: float = 0.95
     tbt_margin: float = 0.985
+    uneven: float = UNEVEN  # 0 where requests are shared out by how many decode where
     _known: dict[str, _Known] = field(default_factory=dict, repr=False, compare=False)
 
     def _of(self, name: str) -> _Known:
@@ -152,7 +153,7 @@ class Capacity:
             power_w = n * tp * max(at.prefill_w, at.decoding_w(64))
             return Service(False, "throughput for all classes", 1.0, math.inf, math.inf, 1.0, power_w)
         batch = output * at.decode_fixed_s / spare
-        high = batch + (SPREAD / math.sqrt(n) + UNEVEN) * math.sqrt(batch)
+        high = batch + (SPREAD / math.sqrt(n) + self.uneven) * math.sqrt(batch)
         decode_s = at.decode_fixed_s + at.decode_request_s * high
         room = max(1.0, self.chunk_tokens - high)
         full_s = decode_s + at.prefill_token_s * room

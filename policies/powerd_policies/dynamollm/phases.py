@@ -1,10 +1,12 @@
 """Prefill and decode on separate instances, each at the clock of its own promise, beside both on one (beyond DynamoLLM).
 
 House rules: both are judged by the same steady-state model and the same SLOs; nothing is chosen that does not meet them, and
-where nothing does the answer is ``None``; moving the KV cache takes time, which is counted in the TTFT.
+where nothing does the answer is ``None``; moving the KV cache takes time, which is counted in the gap before the second token.
 
 Prefill instances are judged by the TTFT alone, decode instances by the TBT alone: a decode iteration has no prompt in it and may
 take as long as the SLO says, which is what a lower clock uses. What it costs is batching: the weights are read for decode only.
+An answer of fewer than 100 gaps has the gap before its second token as its P99: in it are the way of the KV cache, what is left
+of the iteration that it comes into, and its own first iteration.
 """
 
 from __future__ import annotations
@@ -13,11 +15,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Final, Literal
 
-from powerd_policies.dynamollm.classes import Classes
+from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.fleet import Role
 from powerd_policies.dynamollm.steady import Steady, Work, steady
+
+Apart = Literal["prefill", "decode"]
+GAPS: Final = 100  # between tokens: of so many, the longest is not the P99
+SECOND_LATE: Final = 0.01  # of the requests may miss their TBT by the gap before the second token
+UNCHUNKED: Final = 10**9  # prompts do not compete for the iterations of an instance that only decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """How the KV cache of a prompt gets from a prefill to a decode instance."""
+    """How the KV cache of a prompt gets from a prefill to a decode instance, once all of it is computed."""
 
     bytes_per_token: float = 327_680.0  # Llama-2-70B: 80 layers, 8 KV heads of 128, keys and values, 2 bytes
     bytes_per_s: float = 50e9  # assumed: one 400 Gbit/s link a GPU pair
@@ -64,6 +72,31 @@ class Links:
     def move_s(self, tokens: float) -> float:
         """Return the seconds that the KV cache of a prompt takes."""
         return self.fixed_s + tokens * self.bytes_per_token / self.bytes_per_s
+
+
+def seen_by(model: EngineModel, role: Apart) -> EngineModel:
+    """Return the engine model with the times of one phase alone; watts are as they were."""
+    part = _prompts_only if role == "prefill" else _answers_only
+    return replace(model, table={key: part(at) for key, at in model.table.items()})
+
+
+def promised(classes: Classes, role: Apart) -> Classes:
+    """Return what of the promises binds one side: the TTFT where prompts are computed, the TBT where answers are written."""
+    slos = {
+        name: Slo(slo.ttft_s, math.inf) if role == "prefill" else Slo(math.inf, slo.tbt_s) for name, slo in classes.slos.items()
+    }
+    return replace(classes, slos=slos)
+
+
+def second_late(tbt_s: float, output_tokens: float, move_s: float, iteration_s: float) -> float:
+    """Return the share of requests that miss their TBT by the gap before the second token, which is the P99 of short answers.
+
+    In it are the move, what is left of the iteration that the KV cache comes into (any part of it is as likely as another), and
+    the iteration that makes the token.
+    """
+    if output_tokens > GAPS or iteration_s <= 0:
+        return 0.0
+    return min(1.0, max(0.0, (move_s + 2.0 * iteration_s - tbt_s) / iteration_s))
 
 
 def mixed(
@@ -92,26 +125,23 @@ def split(
     off_w: float = 0.0,
 ) -> Phases | None:
     """Return the prefill and decode instances that draw least together, of at most ``gpus`` GPUs; None: none keep the SLOs."""
-    slos = (classes or Classes()).slos
-    links = links or Links()
+    classes, links = classes or Classes(), links or Links()
+    ttfts, tbts = promised(classes, "prefill").slos, promised(classes, "decode").slos
 
     def prefills(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
-        alone = replace(at, decode_fixed_s=0.0, decode_request_s=0.0)
-        found = steady(alone, kv_tokens, {name: _answering(work, 1.0) for name, work in part.items()})
-        if found.limit is not None or found.ttft_p99_s is None:
-            return None
-        in_time = all(
-            ttft_s + links.move_s(part[name].lengths.prompt_p99_tokens) <= slos[name].ttft_s
-            for name, ttft_s in found.ttft_p99_s.items()
-        )
-        return found if in_time else None
+        found = steady(_prompts_only(at), kv_tokens, {name: _answering(work, 1.0) for name, work in part.items()})
+        return found if found.meets(ttfts) else None
 
     def decodes(at: Coefficients, kv_tokens: int, part: Mapping[str, Work]) -> Steady | None:
-        alone = replace(at, prefill_fixed_s=0.0, prefill_token_s=0.0)
-        found = steady(alone, kv_tokens, part, chunk_tokens=_UNCHUNKED)
-        if found.limit is not None or found.tbt_p99_s is None:
+        found = steady(_answers_only(at), kv_tokens, part, chunk_tokens=UNCHUNKED)
+        if not found.meets(tbts) or found.tbt_p99_s is None:
             return None
-        return found if all(found.tbt_p99_s <= slos[name].tbt_s for name in part) else None
+        for name, work in part.items():
+            own = work.lengths
+            late = second_late(tbts[name].tbt_s, own.output_tokens, links.move_s(own.prompt_tokens), found.tbt_p99_s)
+            if late > SECOND_LATE:
+                return None
+        return found
 
     pairs = itertools.product(
         _sides(model, load, gpus, off_w, "prefill", prefills), _sides(model, load, gpus, off_w, "decode", decodes)
@@ -133,8 +163,15 @@ def better(
     return min((each for each in found if each is not None), key=lambda each: _cost_w(each, gpus, off_w), default=None)
 
 
-_UNCHUNKED = 10**9  # prompts do not compete for the iterations of an instance that only decodes
 _Judge = Callable[[Coefficients, int, Mapping[str, Work]], Steady | None]
+
+
+def _prompts_only(at: Coefficients) -> Coefficients:
+    return replace(at, decode_fixed_s=at.prefill_fixed_s, decode_request_s=0.0)
+
+
+def _answers_only(at: Coefficients) -> Coefficients:
+    return replace(at, prefill_fixed_s=0.0, prefill_token_s=0.0)
 
 
 def _answering(work: Work, output_tokens: float) -> Work:

@@ -6,6 +6,7 @@ House rules: a policy is a name and its knobs; what it knows beforehand is given
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from powerd_policies.dynamollm import predictor as forecasts
 from powerd_policies.dynamollm.capacity import Capacity, Lengths, assumed
@@ -49,14 +50,22 @@ def build(
     return Fleet(name, knobs, capacity, gpus, overheads or Overheads(), predictor or forecaster())
 
 
+#: The predictor as these controllers want it: they react within seconds, so the recent past is short.
+FORECAST: Final = forecasts.Knobs(level_s=120.0, peak_s=120.0)
+
+
 def forecaster(
-    *, epoch_s: float = 0.0, history: Iterable[forecasts.Observed] = (), injected: forecasts.Injected | None = None
+    *,
+    epoch_s: float = 0.0,
+    history: Iterable[forecasts.Observed] = (),
+    injected: forecasts.Injected | None = None,
+    knobs: forecasts.Knobs = FORECAST,
 ) -> forecasts.LoadPredictor:
-    """Return the predictor as these controllers want it: they react within seconds, so the recent past is short.
+    """Return the predictor of one controller.
 
     ``history`` as ``LoadPredictor.learn`` takes it; ``epoch_s`` is where in the week time 0 lies.
     """
-    found = forecasts.LoadPredictor(epoch_s=epoch_s, knobs=forecasts.Knobs(level_s=120.0, peak_s=120.0), injected=injected)
+    found = forecasts.LoadPredictor(epoch_s=epoch_s, knobs=knobs, injected=injected)
     found.learn(history)
     return found
 

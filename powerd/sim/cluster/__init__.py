@@ -27,10 +27,20 @@ one with the least ``wait_s`` of all the route's, ties by route and plan order. 
 that wait are placed in order of arrival when an instance begins to serve or a plan is applied. An instance whose whole KV cache
 is smaller than prompt and answer rejects the request that it is sent.
 
+**Roles.** Instances of role ``prefill`` take arrivals as those of both do (the router's rule is the same, ``decoding`` is 0),
+but every request leaves them with its first token; what it reserves there is its prompt, until its KV cache has left. It goes
+to an instance of role ``decode`` in the same pool that serves and has room for prompt and answer and for one request more
+(``max_running`` counts those on their way): the one with the fewest requests, ties: the least KV cache reserved, then the
+plan's order. Where none has room it waits, and nobody of its pool overtakes it; it is rejected when its prompt and answer are
+more than the whole KV cache of any of them. The move takes ``ClusterConfig.links.move_s(prompt)``; the request is in the first
+iteration that begins afterwards. Its first token is the prefill instance's, and the gap before its second one is all of the
+time in between. Cut off (``drain_limit_s``), a prefill instance takes with it what it still holds; what was on its way to a
+decode instance looks for another one.
+
 **Changes.** A plan's new instances take GPUs at once if they are free and draw idle watts while they start (``start_s``). Those
 that take the place of drained ones in the same plan wait for these GPUs and need ``reshard_s``. Drained instances get no more
-requests and end when they are empty. Order at one moment: iterations end, instances begin and end, requests arrive, plans apply,
-iterations begin.
+requests and end when they are empty. Order at one moment: iterations end, KV caches arrive, instances begin and end, KV caches
+set off, requests arrive, plans apply, iterations begin.
 """
 
 from powerd.sim.cluster.cluster import Cluster

@@ -94,7 +94,8 @@ class Cluster:
         }
         common = core.CoreConfig(
             max_running=config.max_running, context_limit=limits.context_limit,
-            ttft_slo_ns=slos, **in_ns,
+            ttft_slo_ns=slos, **in_ns, move_fixed_s=config.links.fixed_s,
+            move_token_bytes=config.links.bytes_per_token, move_bytes_per_s=config.links.bytes_per_s,
         )  # fmt: skip
         arrays = (
             self._arrival_ns, self.requests.prompt_tokens, self.requests.output_tokens, self._predicted,
@@ -129,7 +130,7 @@ class Cluster:
         ``PlanError`` for a plan that cannot be carried out and ``RuntimeError`` after ``results``; nothing is changed then.
         """
         self._check_open()
-        check(plan, self.model, self.gpus, self._known, {member.id: member.tp for member in self._members.values()})
+        check(plan, self.model, self.gpus, self._known, {m.id: (m.tp, m.role) for m in self._members.values()})
         group, now_ns = self._plans, int(self._library.cluster_now(self._core))
         self._plans += 1
         named = {want.id for want in plan.instances if want.id is not None}
@@ -241,7 +242,7 @@ class Cluster:
 
     def _add(self, want: InstanceWant, group: int | None) -> Member:
         serial = len(self._names)
-        member = Member(f"{want.pool}-{serial}", serial, want.pool, want.tp, want.clock_mhz, group=group)
+        member = Member(f"{want.pool}-{serial}", serial, want.pool, want.tp, want.clock_mhz, want.role, group=group)
         self._names.append(member.id)
         self._known.add(member.id)
         self._members[member.id] = member
@@ -275,6 +276,7 @@ class Cluster:
                 self._core,
                 member.serial,
                 member.tp,
+                core.ROLES[member.role],
                 self.model.kv_tokens[member.tp],
                 self.config.chunk_of(member.tp),
                 ctypes.byref(at),
@@ -299,16 +301,29 @@ class Cluster:
             self._tell("stop", member.id)
 
     def _route(self) -> None:
-        serving = [(member.pool, member.slot) for member in self._order if member.slot is not None]
-        if (serving, self._routes) == self._routed:
+        placed = [(member.pool, member.slot, member.role) for member in self._order if member.slot is not None]
+        if (placed, self._routes) == self._routed:
             return
-        self._routed = (serving, self._routes)
+        self._routed = (placed, self._routes)
+        self._route_moves()
+        serving = [(pool, slot) for pool, slot, role in placed if role != "decode"]
         for index, name in enumerate(NAMES):
             pools = [[slot for pool, slot in serving if pool == wanted] for wanted in self._routes.get(name, ())]
             slots = np.asarray([slot for pool in pools for slot in pool], dtype=np.int32)
             ends = np.asarray(list(accumulate(len(pool) for pool in pools)), dtype=np.int32)
             if self._library.cluster_route(self._core, index, len(ends), ends.ctypes.data, len(slots), slots.ctypes.data):
                 raise MemoryError("no memory for the routes")
+
+    def _route_moves(self) -> None:
+        """Tell the core which instances only decode, and every instance's pool: KV caches move within one."""
+        pools = {pool: number for number, pool in enumerate(dict.fromkeys(member.pool for member in self._members.values()))}
+        for member in self._members.values():
+            if member.slot is not None:
+                self._library.cluster_pool(self._core, member.slot, pools[member.pool])
+        slots = [member.slot for member in self._order if member.role == "decode" and member.slot is not None]
+        decodes = np.asarray(slots, dtype=np.int32)
+        if self._library.cluster_decodes(self._core, len(slots), decodes.ctypes.data):
+            raise MemoryError("no memory for the routes")
 
     def _rescue(self, plan: FleetPlan) -> None:
         """Do what the plan asks of queues: reject, send elsewhere, order."""
@@ -333,7 +348,7 @@ class Cluster:
         if member.slot is None or phase == core.STARTING:
             if member.slot is not None:
                 self._observe(member.slot)  # counts what it drew so far
-            return InstanceState(member.id, member.pool, member.tp, member.clock_mhz, "starting", "both", member.ready_s)
+            return InstanceState(member.id, member.pool, member.tp, member.clock_mhz, "starting", member.role, member.ready_s)
         seen = self._observe(member.slot)
         load = InstanceLoad(
             seen.running, seen.queued, seen.queued_prompt_tokens, seen.kv_used_ratio, seen.oldest_wait_s,
@@ -344,8 +359,9 @@ class Cluster:
             None if math.isnan(seen.tbt_p99_s) else seen.tbt_p99_s,
         )  # fmt: skip
         return InstanceState(
-            member.id, member.pool, member.tp, member.clock_mhz, "draining" if phase == core.DRAINING else "serving", load=load
-        )
+            member.id, member.pool, member.tp, member.clock_mhz,
+            "draining" if phase == core.DRAINING else "serving", member.role, load=load,
+        )  # fmt: skip
 
     def _observe(self, slot: int) -> core.CoreObservation:
         seen = core.CoreObservation()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from powerd.sim.build import Library, build
+from powerd_policies.dynamollm.fleet import Role
 
 SOURCES = Path(__file__).parent / "core"
 # No fused multiply-adds: the same figures on every machine.
@@ -19,6 +20,7 @@ FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibi
 LIBRARY = Library("the core of the cluster simulator", "libpowerd-cluster.so", SOURCES, FLAGS, ("-lm",))
 NEVER = 2**63 - 1
 STARTING, SERVING, DRAINING, STOPPED = 1, 2, 3, 4
+ROLES: dict[Role, int] = {"both": 0, "prefill": 1, "decode": 2}
 
 
 class CoreCoefficients(c.Structure):
@@ -45,6 +47,7 @@ class CoreConfig(c.Structure):
             )
         ],
         ("ttft_slo_ns", c.c_int64 * 9),
+        *[(name, c.c_double) for name in ("move_fixed_s", "move_token_bytes", "move_bytes_per_s")],
     ]  # fmt: skip
 
 
@@ -66,6 +69,7 @@ class CoreRequests(c.Structure):
 COUNTS = (
     "arrived", "finished", "rejected_context", "rejected_shed", "rejected_cut", "waited", "resteered",
     "clock_sets", "parks", "wakes", "iterations", "prompt_tokens", "output_tokens",
+    "moves", "move_waits",
 )  # fmt: skip
 
 
@@ -97,7 +101,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "cluster_sizeof": (_L, [_I]),
     "cluster_new": (_P, [_P, _P]),
     "cluster_free": (None, [_P]),
-    "cluster_begin": (c.c_int32, [_P, c.c_int32, c.c_int32, _L, _L, _P, _D, _L]),
+    "cluster_begin": (c.c_int32, [_P, c.c_int32, c.c_int32, _I, _L, _L, _P, _D, _L]),
     "cluster_advance": (_I, [_P, _L]),
     "cluster_now": (_L, [_P]),
     "cluster_phase": (_I, [_P, c.c_int32]),
@@ -110,6 +114,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "cluster_resteer": (None, [_P, c.c_int32]),
     "cluster_shed": (_L, [_P, c.c_int32, _L]),
     "cluster_route": (_I, [_P, _I, c.c_int32, _P, c.c_int32, _P]),
+    "cluster_decodes": (_I, [_P, c.c_int32, _P]),
+    "cluster_pool": (None, [_P, c.c_int32, c.c_int32]),
     "cluster_place_waiting": (None, [_P]),
     "cluster_observe": (None, [_P, c.c_int32, _P]),
     "cluster_arrivals": (None, [_P, _P]),

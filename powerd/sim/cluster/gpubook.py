@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from powerd_policies.dynamollm.fleet import Role
+
 
 @dataclass(slots=True)
 class Member:
@@ -19,6 +21,7 @@ class Member:
     pool: str
     tp: int
     clock_mhz: int
+    role: Role = "both"
     slot: int | None = None  # in the core; None: waits for GPUs
     ready_s: float | None = None  # when it began to start: when it serves
     draining: bool = False

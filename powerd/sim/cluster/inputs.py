@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powerd_policies.dynamollm.classes import NAMES, Classes
+from powerd_policies.dynamollm.phases import Links
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -118,6 +119,7 @@ class ClusterConfig:
     warm_begin: bool = True  # the first plan's instances serve at once
     begin_s: float = 0.0
     chunk_by_tp: Mapping[int, int] = field(default_factory=dict)  # ``chunk_tokens`` of engines of this TP, where it is another
+    links: Links = field(default_factory=Links)  # from instances that prefill to instances that decode
 
     def __post_init__(self) -> None:
         for name in ("start_s", "reshard_s", "clock_set_s", "wake_s", "horizon_s", "park_after_s", "drain_limit_s"):

@@ -10,30 +10,34 @@ from collections.abc import Collection, Mapping
 
 from powerd_policies.dynamollm.classes import NAMES
 from powerd_policies.dynamollm.engine_model import EngineModel
-from powerd_policies.dynamollm.fleet import FleetPlan
+from powerd_policies.dynamollm.fleet import FleetPlan, Role
 
 
 class PlanError(ValueError):
     """A plan that cannot be carried out; the message says what is wrong. Nothing was changed."""
 
 
-def check(plan: FleetPlan, model: EngineModel, gpus: int, known: Collection[str], tps: Mapping[str, int]) -> None:
-    """Raise ``PlanError`` for what a plan may not ask. ``known``: every name there has been; ``tps``: of what there is."""
+def check(plan: FleetPlan, model: EngineModel, gpus: int, known: Collection[str], kinds: Mapping[str, tuple[int, Role]]) -> None:
+    """Raise ``PlanError`` for what a plan may not ask.
+
+    ``known``: every name there has been; ``kinds``: tensor parallelism and role of what there is.
+    """
     seen: set[str] = set()
     for want in plan.instances:
         called = want.id or f"a new instance of {want.pool}"
         if (want.tp, want.clock_mhz) not in model.table:
             raise PlanError(f"{called}: no figures for TP{want.tp} at {want.clock_mhz} MHz; {_held(model, want.tp)}")
-        if want.role != "both":
-            raise PlanError(f"{called}: role {want.role!r}, but only instances that prefill and decode are simulated")
         if want.id is None:
             continue
         if want.id in seen:
             raise PlanError(f"{called} is named twice")
         seen.add(want.id)
         _name(want.id, known)
-        if tps.get(want.id, want.tp) != want.tp:
-            raise PlanError(f"{called} has TP{tps[want.id]}, it cannot become TP{want.tp}: drain it and start a new one")
+        tp, role = kinds.get(want.id, (want.tp, want.role))
+        if tp != want.tp:
+            raise PlanError(f"{called} has TP{tp}, it cannot become TP{want.tp}: drain it and start a new one")
+        if role != want.role:
+            raise PlanError(f"{called} has role {role!r}, it cannot become {want.role!r}: drain it and start a new one")
     wanted = sum(want.tp for want in plan.instances)
     if wanted > gpus:
         raise PlanError(f"the plan needs {wanted} GPUs, there are {gpus}")

@@ -34,6 +34,7 @@ class Ask:
     stop_after: int | None
     stream: bool
     usage: bool
+    usage_each: bool  # vLLM's continuous_usage_stats: in every event
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,14 @@ def read(body: Any, headers: Mapping[str, str], *, chat: bool, name: str) -> Ask
     if limit is None:
         limit = body.get("max_tokens")
     stop_after = headers.get(STOP_HEADER)
-    options = body.get("stream_options") or {}
+    options = body.get("stream_options")
+    options = options if isinstance(options, dict) else {}
     return Ask(
         chat, str(body.get("model") or name), counted if declared is None else _count(declared, PROMPT_HEADER),
         (CHAT_TOKENS if chat else DEFAULT_TOKENS) if limit is None else _count(limit, "max_tokens"),
         None if stop_after is None or body.get("ignore_eos") else _count(stop_after, STOP_HEADER),
-        bool(body.get("stream")), bool(isinstance(options, dict) and options.get("include_usage")),
+        bool(body.get("stream")), bool(options.get("include_usage")),
+        bool(options.get("include_usage") and options.get("continuous_usage_stats")),
     )  # fmt: skip
 
 
@@ -114,12 +117,13 @@ def whole(ask: Ask, id_: str, generated: int, reason: str) -> dict[str, Any]:
             "usage": usage(ask.prompt_tokens, generated)}  # fmt: skip
 
 
-def chunk(ask: Ask, id_: str, new: int, reason: str | None) -> dict[str, Any]:
-    """One event of a streamed answer: ``new`` tokens, and why it ended when it has."""
+def chunk(ask: Ask, id_: str, new: int, sent: int, reason: str | None) -> dict[str, Any]:
+    """One event of a streamed answer: ``new`` tokens, with which ``sent`` are out, and why it ended when it has."""
     text = WORD * new
     choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
     choice |= {"delta": {"content": text}} if ask.chat else {"text": text}
-    return {**_head(ask, id_, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [choice]}
+    body = {**_head(ask, id_, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [choice]}
+    return body | {"usage": usage(ask.prompt_tokens, sent)} if ask.usage_each else body
 
 
 def last(ask: Ask, id_: str, generated: int, latency: Latency | None = None) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class Server:
                 if sent and held < self._interval and stream.finish_reason is None:
                     continue
                 sent, ready, held = sent + held, held, 0
-                await response.write(_event(openai.chunk(ask, id_, ready, stream.finish_reason)))
+                await response.write(_event(openai.chunk(ask, id_, ready, sent, stream.finish_reason)))
             if ask.usage:
                 latency = _latency(stream) if self.engine.options.keep_gaps else None
                 await response.write(_event(openai.last(ask, id_, sent, latency)))

@@ -89,6 +89,8 @@ def one(name: str, comparison: Comparison, watch: Callable[[float], None] = lamb
     entry = report.of_policy(outcome, comparison.workload, setting, comparison.scenario.prices)
     if built.fleet is not None:
         entry["fleet"] = built.fleet
+    if sides := outcome.timeline.sides():
+        entry["sides"] = sides
     return Summary(name, entry, _series(outcome, setting))
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from powerd.errors import RequestError
 from powerd.sim.cluster import ClusterConfig
 from powerd.sim.replay import report, search
 from powerd.sim.replay.runner import Setting, replay
@@ -20,6 +21,7 @@ from powerd.sim.replay.scenario import Scenario
 from powerd.sim.replay.trace import WEEK_S, Trace
 from powerd.sim.replay.workload import Observed, Workload, observations
 from powerd_policies.dynamollm import policies as dynamollm
+from powerd_policies.dynamollm import splitphases
 from powerd_policies.dynamollm.capacity import Capacity, Lengths, measured, scaled
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.controller import Predictor
@@ -28,8 +30,8 @@ from powerd_policies.dynamollm.knobs import Knobs
 from powerd_policies.dynamollm.overheads import Fixes, Overheads
 from powerd_policies.dynamollm.predictor import Rate
 
-POLICIES: Final = ("singlepool", "multipool", "scaleinst", "scaleshard", "scalefreq", "beststatic", "dynamollm")
-PARKING: Final = ("scalefreq", "dynamollm")
+POLICIES: Final = ("singlepool", "multipool", "scaleinst", "scaleshard", "scalefreq", "beststatic", "dynamollm", splitphases.NAME)
+PARKING: Final = ("scalefreq", "dynamollm", splitphases.NAME)
 PEAK_WINDOW_S: Final = 60.0
 PEAK_SURE: Final = 0.9  # of the busiest minutes: a hundredth of all requests may miss
 LIKELY: Final = 1.15  # kinds of fixed fleets that a closed form puts above so many times the best are not simulated
@@ -103,12 +105,25 @@ def build(name: str, scenario: Scenario, workload: Workload, setting: Setting, k
             "" if best.feasible else f" (no fixed fleet of {setting.gpus} GPUs keeps {search.KEPT:.0%} in SLO; this keeps most)"
         )
         return Built(controller(best.fleet, setting, name), config, f"{best.fleet}{lacks}")
-    predictor = known.predictor() if known.predictor is not None else dynamollm.forecaster(
-        epoch_s=known.begin_week_s, history=known.history
-    )  # fmt: skip
+
+    def predictor() -> Predictor:
+        if known.predictor is not None:
+            return known.predictor()
+        return dynamollm.forecaster(epoch_s=known.begin_week_s, history=known.history)
+
+    taught, chunk_tokens, costs = lengths(setting.classes, known.past), config.chunk_tokens, overheads(scenario)
+    if name == splitphases.NAME:
+        try:
+            apart = splitphases.SplitPhases(
+                setting.model, setting.classes, setting.gpus, predictor, lengths=taught, chunk_tokens=chunk_tokens,
+                overheads=costs, links=config.links, knobs=known.knobs.get(name, splitphases.KNOBS),
+            )  # fmt: skip
+        except ValueError as error:
+            raise RequestError(str(error), hint="leave this policy out, or give it more GPUs", code="bad_value") from None
+        return Built(apart, config)
     fleet = dynamollm.build(
-        name, model=setting.model, classes=setting.classes, gpus=setting.gpus, lengths=lengths(setting.classes, known.past),
-        chunk_tokens=setting.config.chunk_tokens, overheads=overheads(scenario), predictor=predictor, knobs=known.knobs.get(name),
+        name, model=setting.model, classes=setting.classes, gpus=setting.gpus, lengths=taught, chunk_tokens=chunk_tokens,
+        overheads=costs, predictor=predictor(), knobs=known.knobs.get(name),
     )  # fmt: skip
     return Built(fleet, config)
 

@@ -16,7 +16,7 @@ from powerd.sim.replay.signals import Carbon, EnergyPrice
 from powerd.sim.replay.workload import Workload
 from powerd_policies.dynamollm.classes import Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
-from powerd_policies.dynamollm.fleet import FleetController, FleetEvent, FleetState
+from powerd_policies.dynamollm.fleet import FleetController, FleetEvent, FleetState, Role
 
 LAST_STEP_S: Final = 1.0
 #: Told how many seconds of the trace are done.
@@ -30,6 +30,7 @@ class Timeline:
     time_s: list[float] = field(default_factory=list)
     instances: list[dict[int, int]] = field(default_factory=list)  # serving, by tensor parallelism
     clock_mhz: list[float] = field(default_factory=list)  # mean over the GPUs of serving instances
+    roles: list[dict[Role, tuple[int, int]]] = field(default_factory=list)  # GPUs, and GPUs times MHz, of serving instances
 
     def add(self, state: FleetState) -> None:
         """Take a sample."""
@@ -38,6 +39,21 @@ class Timeline:
         self.time_s.append(state.now_s)
         self.instances.append(dict(Counter(i.tp for i in serving)))
         self.clock_mhz.append(sum(i.clock_mhz * i.tp for i in serving) / gpus if gpus else 0.0)
+        row: dict[Role, tuple[int, int]] = {}
+        for i in serving:
+            had, turned = row.get(i.role, (0, 0))
+            row[i.role] = (had + i.tp, turned + i.tp * i.clock_mhz)
+        self.roles.append(row)
+
+    def sides(self) -> dict[str, dict[str, float]]:
+        """Return mean GPUs and mean clock of those that prefill and of those that decode; empty where all do both."""
+        found: dict[str, dict[str, float]] = {}
+        for role in ("prefill", "decode"):
+            rows = [row[role] for row in self.roles if role in row]
+            if rows:
+                gpus = sum(had for had, _ in rows)
+                found[role] = {"gpus": gpus / len(self.roles), "clock_mhz": sum(turned for _, turned in rows) / gpus}
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from powerd import resources
-from powerd.config import knob, lay
 from powerd.errors import ConfigError
+from powerd.knobs import knob, lay
 from powerd_policies.dynamollm.classes import NAMES, Classes, Slo
 
 REFERENCE = "reference.toml"

@@ -30,7 +30,7 @@ class Work(LlamaForCausalLM):
 
 class SlowDisk(Trainer):
     def _save_checkpoint(self, *arguments, **options):
-        time.sleep(1.0)
+        time.sleep(1.0)  # a disk that takes a while
         while_saving.append(lock_mhz())
         return super()._save_checkpoint(*arguments, **options)
 

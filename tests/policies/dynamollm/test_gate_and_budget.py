@@ -74,6 +74,19 @@ def test_measured_watts_above_the_model_lower_the_ceiling_at_once_and_are_forgot
     assert budget.ceiling(draws).clock_mhz is None
 
 
+def test_a_clock_that_is_not_known_draws_as_the_highest_and_one_between_as_the_next_higher() -> None:
+    """A live replica that drains says 0 where nobody holds its clock, or what its GPUs have."""
+    budget = WattBudget(MODEL, 1e6)
+    top, second = MODEL.clocks_mhz(4)[:2]
+
+    def watts(clock_mhz: int) -> float:
+        return budget.power_w([Draw(4, 1, clock_mhz, 2000.0, 500.0)])
+
+    assert watts(0) == watts(top + 15) == watts(second + 1) == watts(top)
+    assert watts(second - 1) == watts(second)
+    assert watts(1) == watts(MODEL.clocks_mhz(4)[-1])
+
+
 def test_a_reshard_costs_what_a_matching_leaves_to_be_moved_and_a_start_what_a_start_takes() -> None:
     weights = MODEL.weights_bytes
     have = {"LL": {8: 12}}

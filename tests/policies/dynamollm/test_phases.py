@@ -11,7 +11,7 @@ import pytest
 from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.models import load
-from powerd_policies.dynamollm.phases import Links, better, mixed, split
+from powerd_policies.dynamollm.phases import Links, better, mixed, second_late, split
 from powerd_policies.dynamollm.steady import Lengths, Work
 
 MODEL = Path(__file__).parents[3] / "policies/profiles/llm/llama2-70b_h100.engine.csv"
@@ -44,7 +44,8 @@ def test_each_side_has_the_clock_of_its_own_promise() -> None:
     assert found
     prefill, decode = found.sides
     assert (prefill.role, decode.role) == ("prefill", "decode")
-    assert prefill.clock_mhz > decode.clock_mhz, "much to read and little to write"
+    assert prefill.power_w > decode.power_w, "much to read and little to write"
+    assert prefill.clock_mhz < decode.clock_mhz, "the TTFT is long; the gap before the second token of a short answer is not"
     assert found.gpus == prefill.gpus + decode.gpus <= 96
     strict = split(engine(), work(10.0), 96, replace(Classes(), slos={"MM": Slo(0.4, 0.045)}))
     loose = split(engine(), work(10.0), 96)
@@ -54,13 +55,23 @@ def test_each_side_has_the_clock_of_its_own_promise() -> None:
     assert strict.sides[0] == loose.sides[0], "and nothing on the other"
 
 
-def test_the_way_of_the_kv_cache_counts() -> None:
-    near = split(engine(), work(10.0), 96, links=Links(bytes_per_s=400e9))
-    far = split(engine(), work(10.0), 96, links=Links(bytes_per_s=1.5e9))
+def test_the_way_of_the_kv_cache_counts_where_answers_are_short() -> None:
+    short = work(20.0, output=90, name="MS")
+    near = split(engine(), short, 96, links=Links(bytes_per_s=400e9))
+    far = split(engine(), short, 96, links=Links(bytes_per_s=7e9))
     assert near
     assert far
+    assert near.sides[0] == far.sides[0], "the first token comes before the move"
     assert near.power_w < far.power_w
-    assert split(engine(), work(10.0), 96, links=Links(bytes_per_s=4e8)) is None, "the move alone takes longer than the TTFT"
+    assert split(engine(), short, 96, links=Links(bytes_per_s=2e9)) is None, "the move alone takes longer than the TBT"
+    assert split(engine(), work(20.0), 96, links=Links(bytes_per_s=2e9)), "in 200 gaps one is not the P99"
+
+
+def test_who_just_misses_an_iteration_waits_for_all_of_it() -> None:
+    assert second_late(0.1, 50, 0.02, 0.04) == 0.0, "the move and two iterations"
+    assert second_late(0.1, 50, 0.02, 0.05) == pytest.approx(0.4)
+    assert second_late(0.1, 50, 0.12, 0.01) == 1.0
+    assert (second_late(0.1, 100, 0.12, 0.01), second_late(0.1, 101, 0.12, 0.01)) == (1.0, 0.0), "99 and 100 gaps"
 
 
 def test_what_does_not_fit_is_none() -> None:

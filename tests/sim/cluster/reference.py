@@ -7,58 +7,12 @@ The rules are those that ``powerd.sim.cluster`` documents; this file is what the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 from powerd.sim.cluster import ClusterConfig, Requests
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 from powerd_policies.dynamollm.fleet import FleetPlan
-
-
-def ns(seconds: float) -> int:
-    return int(seconds * 1e9 + 0.5)
-
-
-@dataclass
-class Request:
-    number: int
-    arrival: int
-    prompt: int
-    output: int
-    klass: int
-    left: int  # prompt tokens not computed
-    first: int | None = None
-    finish: int | None = None
-    gaps: list[int] = field(default_factory=list)
-    joules: float = 0.0
-    rejected: bool = False
-    instance: int = -1
-    sequence: int = 0  # when it came to its engine
-
-
-@dataclass
-class Engine:
-    id: str
-    serial: int
-    pool: str
-    tp: int
-    clock: int
-    phase: str
-    ready: int
-    at: int  # not in flight: when the next iteration may begin
-    queue: list[Request] = field(default_factory=list)
-    prefilling: list[Request] = field(default_factory=list)
-    running: list[Request] = field(default_factory=list)
-    flight: tuple[int, list[tuple[Request, int]], float, float] | None = None  # duration, chunks, prompt and decode joules
-    idle_since: int | None = None
-    free: int = 0
-    charged: int = 0
-    stall: int = 0
-    by_deadline: bool = False
-
-    @property
-    def everyone(self) -> list[Request]:
-        return [*self.queue, *self.prefilling, *self.running]
+from tests.sim.cluster.reference_parts import Engine, Move, Request, ns
 
 
 class Reference:
@@ -74,6 +28,7 @@ class Reference:
         ]
         self.to_come = list(self.requests)
         self.outside: list[Request] = []
+        self.moves: list[Move] = []
         self.engines: list[Engine] = []
         self.plan: FleetPlan | None = None
         self.order: list[Engine] = []
@@ -124,7 +79,7 @@ class Reference:
         name = NAMES[request.klass]
         everywhere: list[Engine] = []
         for pool in self.plan.routes.get(name, ()):
-            serving = [e for e in self.order if e.pool == pool and e.phase == "serving" and e is not but]
+            serving = [e for e in self.order if e.pool == pool and e.phase == "serving" and e is not but and e.role != "decode"]
             everywhere += serving
             meeting = [e for e in serving if self.wait_s(e, request.prompt) <= self.classes.slos[name].ttft_s]
             if meeting:
@@ -141,7 +96,7 @@ class Reference:
         engine = self.choose(request)
         if engine is None:
             self.outside.append(request)
-        elif request.prompt + request.output > self.model.kv_tokens[engine.tp]:
+        elif engine.needs(request) > self.model.kv_tokens[engine.tp]:
             request.rejected, request.finish = True, self.now
         else:
             self.enqueue(engine, request)
@@ -151,22 +106,67 @@ class Reference:
         for request in waiting:
             self.place(request)
 
-    def enqueue(self, engine: Engine, request: Request) -> None:
+    def wake(self, engine: Engine) -> None:
         if engine.idle_since is not None:
             parked = self.config.park_after_s is not None and self.now - engine.idle_since > ns(self.config.park_after_s)
             self.charge_idle(engine, self.now)
             engine.at = max(self.now, engine.free) + (ns(self.config.wake_s) if parked else 0)
             engine.idle_since = None
             self.wakes += parked
+
+    def enqueue(self, engine: Engine, request: Request) -> None:
+        self.wake(engine)
         request.instance = engine.serial
         self.enqueued += 1
         request.sequence = self.enqueued
         engine.queue.append(request)
 
+    # ---- from prefill to decode ----
+
+    def arrive(self) -> None:
+        for move in [m for m in self.moves if m.to is not None and m.end <= self.now]:
+            assert move.to is not None
+            self.moves.remove(move)
+            self.leave(move)
+            move.to.coming.remove(move.request)
+            self.enqueue(move.to, move.request)
+
+    def leave(self, move: Move) -> None:
+        move.source.held.remove(move.request)
+        if move.source.queue:
+            self.wake(move.source)
+
+    def set_off(self) -> None:
+        self.moves.sort(key=lambda m: (m.request.first, m.request.number))
+        blocked: set[str] = set()
+        for move in [m for m in self.moves if m.to is None]:
+            pool, request = move.source.pool, move.request
+            if pool in blocked:
+                continue
+            there = [e for e in self.order if e.role == "decode" and e.pool == pool and e.phase in ("serving", "starting")]
+            room = [
+                e for e in there
+                if e.phase == "serving" and len(e.everyone) < self.config.max_running
+                and e.reserved + e.needs(request) <= self.model.kv_tokens[e.tp]
+            ]  # fmt: skip
+            if room:
+                move.to = min(room, key=lambda e: (len(e.everyone), e.reserved))
+                move.to.coming.append(request)
+                move.end = self.now + ns(self.config.links.move_s(request.prompt))
+            elif there and request.prompt + request.output > max(self.model.kv_tokens[e.tp] for e in there):
+                request.rejected, request.finish = True, self.now
+                self.moves.remove(move)
+                self.leave(move)
+            else:
+                blocked.add(pool)
+
     # ---- engine ----
 
     def begin(self, engine: Engine) -> None:
         k = self.coefficients(engine)
+        if engine.role == "decode":
+            engine.running += engine.queue
+            engine.queue = []
         room = self.config.chunk_of(engine.tp) - len(engine.running)
         chunks: list[tuple[Request, int]] = []
         while room > 0:
@@ -179,16 +179,14 @@ class Reference:
                 if not engine.queue or len(engine.running) + len(engine.prefilling) >= self.config.max_running:
                     break
                 request = engine.queue[0]
-                reserved = sum(r.prompt + r.output for r in [*engine.prefilling, *engine.running])
-                if reserved + request.prompt + request.output > self.model.kv_tokens[engine.tp]:
+                if engine.reserved + engine.needs(request) > self.model.kv_tokens[engine.tp]:
                     break
                 engine.queue.pop(0)
                 engine.prefilling.append(request)
             tokens = min(room, request.left)
             chunks.append((request, tokens))
             room -= tokens
-        reserved = sum(r.prompt + r.output for r in [*engine.prefilling, *engine.running])
-        self.most_kv = max(self.most_kv, reserved / self.model.kv_tokens[engine.tp])
+        self.most_kv = max(self.most_kv, engine.reserved / self.model.kv_tokens[engine.tp])
         self.charge_idle(engine, engine.at)
         decoding, prompt = len(engine.running), sum(tokens for _, tokens in chunks)
         if not decoding and not prompt:
@@ -210,7 +208,8 @@ class Reference:
         engine.at += duration
         self.charge(engine, engine.at, prompt_j + decode_j)
         for request in engine.running:
-            request.gaps.append(duration)
+            request.gaps.append(engine.at - request.last)
+            request.last = engine.at
             request.joules += decode_j / len(engine.running)
         for request in [r for r in engine.running if len(r.gaps) == r.output - 1]:
             request.finish = engine.at
@@ -219,10 +218,13 @@ class Reference:
             request.left -= tokens
             request.joules += prompt_j * tokens / sum(n for _, n in chunks)
             if request.left == 0:
-                request.first = engine.at
+                request.first = request.last = engine.at
                 engine.prefilling.remove(request)
                 if request.output == 1:
                     request.finish = engine.at
+                elif engine.role == "prefill":
+                    engine.held.append(request)
+                    self.moves.append(Move(request, engine))
                 else:
                     engine.running.append(request)
 
@@ -232,6 +234,7 @@ class Reference:
         until = ns(until_s)
         while True:
             times = [self.to_come[0].arrival] if self.to_come else []
+            times += [move.end for move in self.moves if move.to is not None]
             begins = []
             for engine in self.engines:
                 if engine.phase == "starting":
@@ -258,6 +261,7 @@ class Reference:
         for engine in self.engines:
             if engine.flight is not None and engine.at + engine.flight[0] == self.now:
                 self.land(engine)
+        self.arrive()
         ready = [e for e in self.engines if e.phase == "starting" and e.ready <= self.now]
         for engine in ready:
             self.charge_idle(engine, self.now)
@@ -265,6 +269,8 @@ class Reference:
         self.end_drained()
         if ready:
             self.place_outside()
+        self.set_off()
+        self.end_drained()
         while self.to_come and self.to_come[0].arrival == self.now:
             request = self.to_come.pop(0)
             if request.prompt > self.classes.context_limit:
@@ -297,7 +303,7 @@ class Reference:
             if want.id is None:
                 ready = self.now if begin else self.now + ns(self.config.start_s)
                 name = f"{want.pool}-{self.started}"
-                engine = Engine(name, self.started, want.pool, want.tp, want.clock_mhz, "starting", ready, self.now)
+                engine = Engine(name, self.started, want.pool, want.tp, want.clock_mhz, "starting", ready, self.now, want.role)
                 engine.charged = self.now
                 self.engines.append(engine)
                 self.started += 1
@@ -313,9 +319,11 @@ class Reference:
             for engine in self.engines:
                 engine.phase, engine.idle_since, engine.free = "serving", self.now, self.now
         self.place_outside()
+        self.set_off()
+        self.end_drained()
         for name, age_s in plan.shed.items():
             engine = by_id[name]
-            for request in [r for r in engine.queue if r.arrival < self.now - ns(age_s)]:
+            for request in [r for r in engine.queue if engine.role != "decode" and r.arrival < self.now - ns(age_s)]:
                 engine.queue.remove(request)
                 request.rejected, request.finish = True, self.now
         for name in sorted(plan.resteered):
@@ -336,10 +344,12 @@ class Reference:
         engine.clock = clock
 
     def resteer(self, engine: Engine) -> None:
+        if engine.role == "decode":
+            return
         moving, engine.queue = sorted(engine.queue, key=lambda r: r.arrival), []
         for request in moving:
             other = self.choose(request, but=engine)
-            fits = other is not None and request.prompt + request.output <= self.model.kv_tokens[other.tp]
+            fits = other is not None and other.needs(request) <= self.model.kv_tokens[other.tp]
             self.enqueue(other if other is not None and fits else engine, request)
 
     def close(self) -> None:
@@ -357,10 +367,3 @@ class Reference:
                 request.joules += part * decode_j / len(engine.running)
             for request, tokens in chunks:
                 request.joules += part * prompt_j * tokens / sum(n for _, n in chunks)
-
-
-def p99_s(gaps: list[int]) -> float:
-    """By nearest rank: the shortest gap that at least 99 of 100 do not exceed."""
-    if not gaps:
-        return math.nan
-    return sorted(gaps)[math.ceil(99 * len(gaps) / 100) - 1] / 1e9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import example, given, settings
@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from powerd.sim.cluster import Cluster, ClusterConfig, Requests
 from powerd_policies.dynamollm.classes import NAMES
-from powerd_policies.dynamollm.fleet import FleetPlan, InstanceWant
+from powerd_policies.dynamollm.fleet import FleetPlan, InstanceWant, Role
+from powerd_policies.dynamollm.phases import Links
 from tests.sim.cluster.models import patient, toy
-from tests.sim.cluster.reference import Reference, p99_s
+from tests.sim.cluster.reference import Reference
+from tests.sim.cluster.reference_parts import p99_s
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Case:
     steps: tuple[Step, ...]
     config: ClusterConfig
     ttft_s: float = 0.05
+    roles: tuple[Role, ...] = ()  # of the instances in the order of their start; beyond: both
+    kv_tokens: int = 2000  # of TP1; TP2 has twice as much and a half
 
 
 MAX_INSTANCES = 4
@@ -72,6 +76,21 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(requests, first, tuple(steps), config, draw(st.sampled_from([0.02, 0.05, 0.5])))
 
 
+@st.composite
+def cases_apart(draw: st.DrawFn) -> Case:
+    """The same with instances of one phase, slow links and little KV cache."""
+    case = draw(cases())
+    both = (2, 1000, draw(st.integers(0, 1)))
+    first = (*case.first, both, both)[: draw(st.integers(2, 4))]
+    role: st.SearchStrategy[Role] = st.sampled_from(["prefill", "decode", "both"])
+    roles = draw(st.lists(role, min_size=8, max_size=8))
+    links = draw(st.sampled_from([Links(1e6, 1e10, 0.0), Links(1e6, 1e9, 0.005), Links(0.0, 1e9, 0.0), Links(1e6, 1e8, 0.0)]))
+    return replace(
+        case, first=first, roles=("prefill", "decode", *roles), kv_tokens=draw(st.sampled_from([300, 600, 2000])),
+        config=replace(case.config, links=links),
+    )  # fmt: skip
+
+
 def trace(case: Case) -> Requests:
     gaps, prompts, outputs, classes = zip(*case.requests, strict=True)
     kinds = np.asarray(classes, dtype=np.uint8)
@@ -80,9 +99,14 @@ def trace(case: Case) -> Requests:
 
 def plans(case: Case) -> list[tuple[float, FleetPlan]]:
     """When, and what is wanted then; an instance that was left out once is not asked for again."""
+
+    def role(number: int) -> Role:
+        return case.roles[number] if number < len(case.roles) else "both"
+
     routes = {name: ("a", "b") if n % 2 else ("b", "a") for n, name in enumerate(NAMES)}
-    alive = {f"{'ab'[pool]}-{n}": (tp, "ab"[pool]) for n, (tp, _, pool) in enumerate(case.first)}
-    found = [(0.0, FleetPlan(tuple(InstanceWant(None, "ab"[pool], tp, mhz) for tp, mhz, pool in case.first), routes))]
+    alive = {f"{'ab'[pool]}-{n}": (tp, "ab"[pool], role(n)) for n, (tp, _, pool) in enumerate(case.first)}
+    begin = tuple(InstanceWant(None, "ab"[pool], tp, mhz, role(n)) for n, (tp, mhz, pool) in enumerate(case.first))
+    found = [(0.0, FleetPlan(begin, routes))]
     at_ms = 0
     for step in case.steps:
         at_ms += step.after_ms
@@ -92,12 +116,12 @@ def plans(case: Case) -> list[tuple[float, FleetPlan]]:
             if mhz is None:
                 del alive[name]
             else:
-                wants.append(InstanceWant(name, alive[name][1], alive[name][0], mhz))
+                wants.append(InstanceWant(name, alive[name][1], alive[name][0], mhz, alive[name][2]))
         kept = list(alive)
         for _ in range(min(step.new, MAX_INSTANCES - len(alive))):
             number = len(case.first) + sum(want.id is None for _, plan in found[1:] for want in plan.instances)
-            alive[f"a-{number}"] = (1, "a")
-            wants.append(InstanceWant(None, "a", 1, 1000))
+            alive[f"a-{number}"] = (1, "a", role(number))
+            wants.append(InstanceWant(None, "a", 1, 1000, role(number)))
         found.append(
             (
                 at_ms / 1000.0,
@@ -119,8 +143,9 @@ def near(got: float, expected: float) -> bool:
 def compare(case: Case, end_s: float, look_s: float | None = None) -> None:
     """Run both; with ``look_s`` the core is looked at that often in between, which must change nothing."""
     requests = trace(case)
-    cluster = Cluster(toy(), requests, patient(case.ttft_s), case.config, gpus=16)
-    plain = Reference(toy(), requests, patient(case.ttft_s), case.config)
+    model = replace(toy(), kv_tokens={1: case.kv_tokens, 2: case.kv_tokens * 5 // 2})
+    cluster = Cluster(model, requests, patient(case.ttft_s), case.config, gpus=16)
+    plain = Reference(model, requests, patient(case.ttft_s), case.config)
     for at_s, plan in plans(case):
         while look_s is not None and cluster.now_s + look_s < at_s:
             cluster.advance(cluster.now_s + look_s)
@@ -180,3 +205,10 @@ def test_core_and_reference_agree_when_all_is_done(case: Case) -> None:
 @example(BUSY, 333, 0.0123)
 def test_core_and_reference_agree_in_the_middle_however_often_one_looks(case: Case, more_ms: int, look_s: float | None) -> None:
     compare(case, plans(case)[-1][0] + more_ms / 1000.0, look_s)
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases_apart(), st.integers(0, 3000), st.sampled_from([None, 0.0123]))
+def test_core_and_reference_agree_where_phases_are_apart(case: Case, more_ms: int, look_s: float | None) -> None:
+    compare(case, plans(case)[-1][0] + more_ms / 1000.0, look_s)
+    compare(case, 60.0)

@@ -219,7 +219,7 @@ def test_a_plan_that_cannot_be_is_refused_whole() -> None:
         (fleet(("all-0", 1, 1000), ("all-0", 1, 500)), "all-0 is named twice"),
         (FleetPlan((), {"XX": ("all",)}), "'XX', which is no class"),
         (FleetPlan((), EVERYONE, shed={"all-9": 1.0}), "all-9: there has never been"),
-        (FleetPlan((InstanceWant(None, "all", 1, 1000, "prefill"),), EVERYONE), "role 'prefill'"),
+        (FleetPlan((InstanceWant("all-0", "all", 1, 1000, "prefill"),), EVERYONE), "'both', it cannot become 'prefill'"),
     ]
     for plan, message in wrong:
         with pytest.raises(PlanError, match=message):

@@ -59,13 +59,15 @@ def test_completions_and_chat(engine: tuple[subprocess.Popen[str], str]) -> None
     assert (status, answer["object"], answer["choices"][0]["finish_reason"]) == (200, "text_completion", "length")
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}
     body = {"messages": [{"role": "user", "content": "a b"}, {"role": "user", "content": [{"type": "text", "text": "c"}]}],
-            "max_completion_tokens": 25, "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+            "max_completion_tokens": 25, "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
     status, text = call(f"{url}/v1/chat/completions", body, **{"X-Stop-After": "15"})
     events = [line.removeprefix("data: ") for line in text.split("\n") if line]
     assert events.pop() == "[DONE]"
     chunks = [json.loads(event) for event in events]
     assert chunks.pop()["usage"] == {"prompt_tokens": 3, "completion_tokens": 15, "total_tokens": 18}
     assert [c["choices"][0]["delta"]["content"].count("tok") for c in chunks] == [1, 10, 4], "the first at once, then ten by ten"
+    assert [c["usage"]["completion_tokens"] for c in chunks] == [1, 11, 15]
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "stop"]
     assert json.loads(call(f"{url}/v1/models")[1])["data"][0]["id"] == "llama"
     for wrong, status_wanted in (
@@ -170,7 +172,7 @@ def test_a_fleet_of_processes_survives_kill_minus_nine(node: nodes.SimNode) -> N
                 asked = [asyncio.create_task(ask(session, front.url, 400, 10, stream=n % 2 == 0)) for n in range(8)]
                 while sum(front.in_flight(id_) for id_ in fleet.replicas) < 8:
                     await asyncio.sleep(0.02)
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.5)  # some have tokens by then, and none has all: only the killed engine could tell
                 victim = next(iter(fleet.replicas.values()))
                 streams = front.in_flight(victim.id)
                 assert victim.handle.pid is not None

@@ -58,6 +58,8 @@ EXPORT void cluster_free(Cluster *c) {
     }
     free(c->instances);
     free(c->unplaced);
+    free(c->moves);
+    free(c->decodes);
     free(c->log2s);
     free(c->tick_j);
     free(c->tick_gpu_s);
@@ -66,7 +68,7 @@ EXPORT void cluster_free(Cluster *c) {
 }
 
 /* Begin an instance; its slot, or -1 without memory. It serves from `ready_ns` on and draws from now on. */
-EXPORT int32_t cluster_begin(Cluster *c, int32_t serial, int32_t tp, int64_t kv_tokens, int64_t chunk_tokens, const Coefficients *at,
+EXPORT int32_t cluster_begin(Cluster *c, int32_t serial, int32_t tp, int role, int64_t kv_tokens, int64_t chunk_tokens, const Coefficients *at,
                              double park_idle_w, ns_t ready_ns) {
     int32_t slot = 0;
     while (slot < c->instance_count && c->instances[slot].phase != FREE) slot++;
@@ -83,6 +85,8 @@ EXPORT int32_t cluster_begin(Cluster *c, int32_t serial, int32_t tp, int64_t kv_
     in->phase = STARTING;
     in->serial = serial;
     in->tp = tp;
+    in->role = (Role)role;
+    c->apart |= role != BOTH;
     in->kv_tokens = kv_tokens;
     in->chunk_tokens = chunk_tokens;
     in->now = in->next = *at;
@@ -121,7 +125,7 @@ static void scatter(Cluster *c, int32_t slot, ns_t now) {
     count = engine_take_waiting(c, in, NEVER, moving, count);
     for (int64_t n = 0; n < count; n++) {
         int32_t to = route(c, moving[n], slot, now);
-        bool moves = to >= 0 && need(c, moving[n]) <= c->instances[to].kv_tokens;
+        bool moves = to >= 0 && need_on(c, &c->instances[to], moving[n]) <= c->instances[to].kv_tokens;
         if (moves) c->totals.resteered++;
         if (moves) engine_enqueue(c, &c->instances[to], moving[n], now);
         else if (in->phase == DRAINING && in->limit_ns <= now) place(c, moving[n], now);
@@ -131,11 +135,12 @@ static void scatter(Cluster *c, int32_t slot, ns_t now) {
 }
 
 static void find_special(Cluster *c) {
-    c->special_ns = NEVER;
+    c->special_ns = move_next_event(c);
     for (int32_t slot = 0; slot < c->instance_count; slot++) {
         const Instance *in = &c->instances[slot];
         ns_t at = NEVER;
         if (in->phase == STARTING) at = in->ready_ns;
+        if (in->phase == SERVING && (in->role == PREFILL || (in->role == DECODE && c->moves_waiting > 0))) at = engine_next_event(in);
         if (in->phase == DRAINING) {
             at = engine_next_event(in);
             if (in->limit_ns < at) at = in->limit_ns;
@@ -149,6 +154,7 @@ static void find_special(Cluster *c) {
 static bool special(Cluster *c, ns_t now) {
     bool ready = false, ended = false;
     c->special_known = false;
+    if (c->apart) moves_run(c, now);
     for (int32_t slot = 0; slot < c->instance_count; slot++) {
         Instance *in = &c->instances[slot];
         if (in->phase == STARTING && in->ready_ns <= now) {
@@ -158,6 +164,7 @@ static bool special(Cluster *c, ns_t now) {
             engine_run(c, in, now);
             if (!engine_empty(in) && in->limit_ns <= now) {
                 scatter(c, slot, now);
+                if (c->apart) moves_cut(c, slot, now);
                 engine_cut(c, in, now);
             }
             if (engine_empty(in)) {
@@ -167,6 +174,7 @@ static bool special(Cluster *c, ns_t now) {
         }
     }
     if (ready) place_waiting(c, now);
+    if (c->moves_waiting > 0) moves_place(c, now);
     return ended;
 }
 
@@ -277,7 +285,25 @@ EXPORT int cluster_route(Cluster *c, int klass, int32_t pools, const int32_t *po
     return 0;
 }
 
-EXPORT void cluster_place_waiting(Cluster *c) { place_waiting(c, c->now); }
+/* Say which instances only decode, in the plan's order. */
+EXPORT int cluster_decodes(Cluster *c, int32_t count, const int32_t *slots) {
+    int32_t *copy = malloc((size_t)(count + 1) * sizeof(int32_t));
+    if (!copy) return -1;
+    memcpy(copy, slots, (size_t)count * sizeof(int32_t));
+    free(c->decodes);
+    c->decodes = copy;
+    c->decode_count = count;
+    return 0;
+}
+
+/* KV caches move within a pool. */
+EXPORT void cluster_pool(Cluster *c, int32_t slot, int32_t pool) { c->instances[slot].pool = pool; }
+
+EXPORT void cluster_place_waiting(Cluster *c) {
+    place_waiting(c, c->now);
+    if (c->moves_waiting > 0) moves_place(c, c->now);
+    c->special_known = false;
+}
 
 EXPORT void cluster_observe(Cluster *c, int32_t slot, Observation *out) {
     Instance *in = &c->instances[slot];
@@ -289,14 +315,15 @@ EXPORT void cluster_observe(Cluster *c, int32_t slot, Observation *out) {
         meter_idle(c, in, c->now);
     }
     ns_t oldest = c->now;
+    bool decodes = in->role == DECODE; /* what waits there has its first token */
     for (int64_t n = 0; n < in->chunk_count; n++)
         if (c->requests.arrival_ns[in->chunks[n].request] < oldest) oldest = c->requests.arrival_ns[in->chunks[n].request];
     if (in->partial >= 0 && c->requests.arrival_ns[in->partial] < oldest) oldest = c->requests.arrival_ns[in->partial];
-    for (int64_t n = 0; n < (in->by_deadline ? in->waiting_count : in->waiting_count > 0); n++)
+    for (int64_t n = 0; n < (decodes ? 0 : in->by_deadline ? in->waiting_count : in->waiting_count > 0); n++)
         if (c->requests.arrival_ns[in->waiting[n].request] < oldest) oldest = c->requests.arrival_ns[in->waiting[n].request];
     *out = (Observation){
         .running = in->running_count,
-        .queued = in->waiting_count + in->in_prefill,
+        .queued = in->waiting_count + in->in_prefill + in->incoming,
         .queued_prompt_tokens = in->outstanding - in->computed,
         .kv_used_ratio = (double)in->kv_reserved / (double)in->kv_tokens,
         .oldest_wait_s = seconds(c->now - oldest),

@@ -28,6 +28,7 @@ typedef struct {
     ns_t tick_ns, recent_ns, begin_ns;
     int64_t context_limit;
     ns_t ttft_slo_ns[CLASSES];
+    double move_fixed_s, move_token_bytes, move_bytes_per_s; /* of a KV cache from a prefill to a decode instance */
 } Config;
 
 typedef struct { /* arrays of the caller, one element a request */
@@ -43,6 +44,7 @@ typedef struct { /* arrays of the caller, one element a request */
 typedef struct { /* what happened so far */
     int64_t arrived, finished, rejected_context, rejected_shed, rejected_cut;
     int64_t waited, resteered, clock_sets, parks, wakes, iterations, prompt_tokens, output_tokens;
+    int64_t moves, move_waits; /* KV caches that set off; those that had to wait for a place first */
     double energy_j, idle_j, gpu_s;
 } Totals;
 
@@ -55,9 +57,11 @@ typedef struct { /* what an engine's own metrics would say */
 } Observation;
 
 typedef enum { FREE, STARTING, SERVING, DRAINING, STOPPED } Phase;
+typedef enum { BOTH, PREFILL, DECODE } Role;
 
 typedef struct { int64_t key, sequence, request; } Waiting;
-typedef struct { int64_t finish_step, request, log_from; double joined_j; } Running;
+typedef struct { int64_t finish_step, request, log_from; double joined_j; ns_t before_ns; } Running; /* before: of its first gap, elsewhere */
+typedef struct { int64_t request; int32_t from, to; ns_t end; } Move; /* of a KV cache; to < 0: it waits for a place */
 typedef struct { int64_t request, tokens; bool last; } Chunk;
 typedef struct { ns_t duration, end; int64_t count, batch; } Gap;     /* a run of equal iterations with decoding requests */
 typedef struct { ns_t at; double ttft_s; } First;
@@ -65,7 +69,8 @@ typedef struct { double value; int64_t weight; } Weighted;
 
 typedef struct {
     Phase phase;
-    int32_t serial, tp;
+    Role role;
+    int32_t serial, tp, pool;
     int64_t kv_tokens, chunk_tokens;
     Coefficients now, next; /* in force, and as last asked for: from the next iteration on */
     double park_idle_w;
@@ -93,7 +98,9 @@ typedef struct {
     int64_t in_prefill;            /* requests that are admitted and without a first token */
     int64_t step;                  /* iterations with decoding requests so far */
     double decoded_j;              /* what one request that decoded in all of them would have used */
-    int64_t kv_reserved;           /* prompt and answer of what is admitted */
+    int64_t kv_reserved;           /* prompt and answer of what is admitted; of an instance that only prefills: prompts */
+    int64_t held;                  /* prefill: requests with a first token whose KV cache is still here */
+    int64_t incoming;              /* decode: requests whose KV cache is on its way; their place is reserved */
     int64_t outstanding;           /* prompt tokens of requests without a first token, whole prompts */
 
     /* Token gaps of whatever still runs, and of the recent past. */
@@ -122,6 +129,10 @@ typedef struct {
     int64_t next, sequence;
     int64_t *unplaced;
     int64_t unplaced_count, unplaced_space;
+    bool apart;   /* there is, or was, an instance of one phase only */
+    Move *moves;  /* in the order of first tokens */
+    int64_t move_count, move_space, moves_waiting;
+    int32_t *decodes, decode_count; /* instances that only decode, in the plan's order */
     double *log2s;
     double *tick_j, *tick_gpu_s;
     int64_t ticks, tick_space;
@@ -139,7 +150,7 @@ void meter_idle(Cluster *c, Instance *in, ns_t until);
 
 /* gaps.c */
 void gap_log(Cluster *c, Instance *in, ns_t end, ns_t duration, int64_t count, int64_t batch);
-double gap_p99_s(Cluster *c, const Instance *in, int64_t from, int64_t gaps);
+double gap_p99_s(Cluster *c, const Instance *in, int64_t from, int64_t gaps, ns_t before_ns);
 double recent_tbt_p99_s(Cluster *c, const Instance *in);
 double recent_ttft_p99_s(Cluster *c, Instance *in);
 
@@ -154,6 +165,7 @@ void engine_settle(Cluster *c, Instance *in, ns_t now);
 bool engine_empty(const Instance *in);
 int64_t engine_unfinished(const Instance *in);
 ns_t engine_next_event(const Instance *in);
+void engine_release(Cluster *c, Instance *in, int64_t request, ns_t now);
 
 /* router.c */
 int32_t route(Cluster *c, int64_t request, int32_t except, ns_t now);
@@ -161,8 +173,20 @@ void place(Cluster *c, int64_t request, ns_t now);
 void place_waiting(Cluster *c, ns_t now);
 void reject(Cluster *c, int64_t request, ns_t now, int64_t *reason);
 
+/* moves.c */
+void move_begin(Cluster *c, const Instance *from, int64_t request);
+ns_t move_next_event(const Cluster *c);
+void moves_run(Cluster *c, ns_t now);
+void moves_place(Cluster *c, ns_t now);
+void moves_cut(Cluster *c, int32_t slot, ns_t now);
+
 static inline int64_t need(const Cluster *c, int64_t request) {
     return (int64_t)c->requests.prompt_tokens[request] + c->requests.output_tokens[request];
+}
+
+/* What a request takes of an instance's KV cache. */
+static inline int64_t need_on(const Cluster *c, const Instance *in, int64_t request) {
+    return in->role == PREFILL ? c->requests.prompt_tokens[request] : need(c, request);
 }
 
 static inline ns_t rounded_ns(double seconds) { return (ns_t)(seconds * 1e9 + 0.5); }

@@ -75,15 +75,15 @@ static void push_first(Cluster *c, Instance *in, ns_t at, double ttft_s) {
 static void finish(Cluster *c, Instance *in, const Running *run) {
     int64_t r = run->request;
     c->requests.energy_j[r] += in->decoded_j - run->joined_j;
-    c->requests.tbt_p99_s[r] = gap_p99_s(c, in, run->log_from, (int64_t)c->requests.output_tokens[r] - 1);
+    c->requests.tbt_p99_s[r] = gap_p99_s(c, in, run->log_from, (int64_t)c->requests.output_tokens[r] - 1, run->before_ns);
     c->requests.finish_s[r] = seconds(in->at);
-    in->kv_reserved -= need(c, r);
+    in->kv_reserved -= need_on(c, in, r);
     c->totals.finished++;
 }
 
 static void first_token(Cluster *c, Instance *in, int64_t r) {
     double ttft_s = seconds(in->at - c->requests.arrival_ns[r]);
-    Running run = {in->step + c->requests.output_tokens[r] - 1, r, in->gap_base + in->gap_count, in->decoded_j};
+    Running run = {in->step + c->requests.output_tokens[r] - 1, r, in->gap_base + in->gap_count, in->decoded_j, 0};
     c->requests.ttft_s[r] = ttft_s;
     push_first(c, in, in->at, ttft_s);
     in->seen_requests++;
@@ -93,7 +93,10 @@ static void first_token(Cluster *c, Instance *in, int64_t r) {
     in->in_prefill--;
     in->gap_open = false; /* a run of gaps that began before it is not its own */
     if (c->requests.output_tokens[r] == 1) finish(c, in, &run);
-    else run_push(in, run);
+    else if (in->role == PREFILL) {
+        in->held++;
+        move_begin(c, in, r);
+    } else run_push(in, run);
 }
 
 /* ---- iterations ---- */
@@ -144,17 +147,27 @@ static bool take_chunk(Cluster *c, Instance *in, int64_t tokens) {
     return true;
 }
 
+/* Let those join whose KV cache has come: their first gap began with the first token, elsewhere. */
+static void join(Cluster *c, Instance *in) {
+    if (in->waiting_count > 0) in->gap_open = false;
+    while (in->waiting_count > 0) {
+        int64_t r = wait_pop(in);
+        ns_t first_ns = c->requests.arrival_ns[r] + rounded_ns(c->requests.ttft_s[r]);
+        run_push(in, (Running){in->step + c->requests.output_tokens[r] - 1, r, in->gap_base + in->gap_count, in->decoded_j, in->at - first_ns});
+        in->seen_requests++;
+    }
+}
+
 static void fill(Cluster *c, Instance *in) {
     int64_t room = in->chunk_tokens - in->running_count;
-    in->prompt_tokens = 0;
     while (room > 0 && !c->failed) {
         if (in->partial < 0) {
             if (in->waiting_count == 0 || in->running_count + in->in_prefill >= c->config.max_running) return;
             int64_t head = in->waiting[0].request;
-            if (in->kv_reserved + need(c, head) > in->kv_tokens) return;
+            if (in->kv_reserved + need_on(c, in, head) > in->kv_tokens) return;
             in->partial = wait_pop(in);
             in->partial_left = c->requests.prompt_tokens[head];
-            in->kv_reserved += need(c, head);
+            in->kv_reserved += need_on(c, in, head);
             in->in_prefill++;
         }
         int64_t tokens = in->partial_left < room ? in->partial_left : room;
@@ -166,7 +179,9 @@ static void fill(Cluster *c, Instance *in) {
 /* Begin what comes next at the boundary `at`: an iteration, several equal ones, or idleness. */
 static void take_off(Cluster *c, Instance *in) {
     in->now = in->next;
-    fill(c, in);
+    in->prompt_tokens = 0;
+    if (in->role == DECODE) join(c, in);
+    else fill(c, in);
     int64_t b = in->running_count, p = in->prompt_tokens;
     if (b == 0 && p == 0) {
         meter_idle(c, in, in->at);
@@ -224,20 +239,30 @@ static void cut_stretch(Instance *in) {
     if (in->flying) in->left = 1;
 }
 
+static void wake(Cluster *c, Instance *in, ns_t now) {
+    int64_t wakes = c->config.park_after_ns != NEVER && now - in->idle_since > c->config.park_after_ns;
+    meter_idle(c, in, now);
+    in->at = (in->free_ns > now ? in->free_ns : now) + (wakes ? c->config.wake_ns : 0);
+    in->idle = false;
+    c->totals.wakes += wakes;
+}
+
 void engine_enqueue(Cluster *c, Instance *in, int64_t request, ns_t now) {
-    if (in->idle) {
-        int64_t wakes = c->config.park_after_ns != NEVER && now - in->idle_since > c->config.park_after_ns;
-        meter_idle(c, in, now);
-        in->at = (in->free_ns > now ? in->free_ns : now) + (wakes ? c->config.wake_ns : 0);
-        in->idle = false;
-        c->totals.wakes += wakes;
-    }
+    if (in->idle) wake(c, in, now);
     cut_stretch(in);
+    if (in->role != BOTH) c->special_known = false;
     int64_t sequence = c->sequence++;
     ns_t deadline = c->requests.arrival_ns[request] + c->config.ttft_slo_ns[c->requests.routed_class[request]];
-    in->outstanding += c->requests.prompt_tokens[request];
+    if (in->role != DECODE) in->outstanding += c->requests.prompt_tokens[request];
     c->requests.instance[request] = in->serial;
     wait_push(c, in, (Waiting){in->by_deadline ? deadline : sequence, sequence, request});
+}
+
+/* The KV cache of a request that decodes elsewhere has left; the queue's head may have waited for its place. */
+void engine_release(Cluster *c, Instance *in, int64_t request, ns_t now) {
+    in->kv_reserved -= need_on(c, in, request);
+    in->held--;
+    if (in->idle && in->waiting_count > 0) wake(c, in, now);
 }
 
 /* Ask for another clock: at once when idle, with the next iteration when not; both cost `clock_set_ns`. */
@@ -271,6 +296,7 @@ static int oldest_first(const void *a, const void *b) {
 /* Take those out of the queue that arrived before `older_than`, in the order of arrival; return how many. */
 int64_t engine_take_waiting(Cluster *c, Instance *in, ns_t older_than, int64_t *out, int64_t space) {
     int64_t taken = 0, kept = 0;
+    if (in->role == DECODE) return 0; /* their KV cache is here and nowhere else */
     for (int64_t n = 0; n < in->waiting_count; n++) {
         int64_t r = in->waiting[n].request;
         if (c->requests.arrival_ns[r] < older_than && taken < space) {
@@ -287,14 +313,15 @@ int64_t engine_take_waiting(Cluster *c, Instance *in, ns_t older_than, int64_t *
     return taken;
 }
 
-int64_t engine_unfinished(const Instance *in) { return in->waiting_count + in->in_prefill + in->running_count; }
+int64_t engine_unfinished(const Instance *in) { return in->waiting_count + in->in_prefill + in->running_count + in->held + in->incoming; }
 
 bool engine_empty(const Instance *in) { return engine_unfinished(in) == 0 && !in->flying; }
 
 /* The moment at which something can change without anybody's doing. */
 ns_t engine_next_event(const Instance *in) {
     if (in->flying) return in->start + in->left * in->span;
-    return engine_unfinished(in) == 0 ? in->at : in->at + 1; /* one nanosecond on, the iteration has begun */
+    if (engine_unfinished(in) == 0 && in->phase == DRAINING) return in->at;
+    return in->idle ? NEVER : in->at + 1; /* one nanosecond on, the iteration has begun */
 }
 
 /* Count an iteration in progress, and what running requests used so far, up to `now`. */
@@ -320,7 +347,8 @@ void engine_cut(Cluster *c, Instance *in, ns_t now) {
     for (int64_t n = 0; n < in->chunk_count; n++)
         if (in->chunks[n].last) reject(c, in->chunks[n].request, now, &c->totals.rejected_cut);
     if (in->partial >= 0) reject(c, in->partial, now, &c->totals.rejected_cut);
-    in->running_count = in->chunk_count = in->in_prefill = 0;
+    for (int64_t n = 0; n < in->waiting_count; n++) reject(c, in->waiting[n].request, now, &c->totals.rejected_cut); /* of decode alone */
+    in->waiting_count = in->running_count = in->chunk_count = in->in_prefill = 0;
     in->partial = -1;
     in->flying = false;
     in->at = now;

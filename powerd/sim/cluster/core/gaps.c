@@ -50,19 +50,22 @@ static bool keep(Cluster *c, int64_t *kept, int64_t *weight, int64_t rank, doubl
     return true;
 }
 
-/* The P99 of the token gaps of a request that joined at `from` and has had `gaps` of them; NaN when it has had none. */
-double gap_p99_s(Cluster *c, const Instance *in, int64_t from, int64_t gaps) {
+/* The P99 of the token gaps of a request that joined at `from` and has had `gaps` of them; NaN when it has had none.
+ * Its first gap is longer than the iteration by `before_ns`: the way of its KV cache. */
+double gap_p99_s(Cluster *c, const Instance *in, int64_t from, int64_t gaps, ns_t before_ns) {
     if (gaps <= 0) return NAN;
     int64_t rank = gaps / 100 + 1, kept = 0, weight = 0;
     const Gap *at = in->gaps + (from - in->gap_base), *end = in->gaps + in->gap_count;
     if (rank == 1) {
-        ns_t longest = 0;
+        ns_t longest = at->duration + before_ns;
         for (; at < end; at++)
             if (at->duration > longest) longest = at->duration;
         return seconds(longest);
     }
-    for (; at < end; at++)
-        if (!keep(c, &kept, &weight, rank, (double)at->duration, at->count)) return NAN;
+    int64_t first = before_ns > 0;
+    if (first && !keep(c, &kept, &weight, rank, (double)(at->duration + before_ns), 1)) return NAN;
+    for (; at < end; at++, first = 0)
+        if (at->count > first && !keep(c, &kept, &weight, rank, (double)at->duration, at->count - first)) return NAN;
     return c->scratch[kept - 1].value * 1e-9;
 }
 

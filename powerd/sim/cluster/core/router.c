@@ -52,7 +52,7 @@ static bool try_place(Cluster *c, int64_t request, ns_t now) {
     int32_t slot = route(c, request, -1, now);
     if (slot < 0) return false;
     Instance *in = &c->instances[slot];
-    if (need(c, request) > in->kv_tokens) reject(c, request, now, &c->totals.rejected_context); /* the engine refuses it */
+    if (need_on(c, in, request) > in->kv_tokens) reject(c, request, now, &c->totals.rejected_context); /* the engine refuses it */
     else engine_enqueue(c, in, request, now);
     return true;
 }

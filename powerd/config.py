@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from powerd.errors import ConfigError
 from powerd.knobs import knob, lay
+from powerd.model import SloClass
 
 SYSTEM_FILE = Path("/etc/powerd/powerd.toml")
 
@@ -156,14 +157,17 @@ class ReplicasConfig:
 class StaticReplica:
     """``[[replica]]``: an inference replica that runs for as long as the configuration names it; may be repeated."""
 
-    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url", "ttft_s", "tbt_s")
+    NEEDED: ClassVar = ("name", "pool", "gpus", "metrics_url")
 
     name: str = knob("", "its name on this node")
     pool: str = knob("", "the pool of alike replicas that it belongs to")
     gpus: tuple[str, ...] = knob((), "UUIDs of its GPUs")
     metrics_url: str = knob("", 'such as "http://127.0.0.1:8000/metrics" or "unix:/run/engine.sock:/metrics"')
-    ttft_s: float = knob(0.0, "SLO: seconds to the first token", low=0.001, high=3600)
-    tbt_s: float = knob(0.0, "SLO: seconds between two tokens", low=0.0001, high=3600)
+    ttft_s: float = knob(0.0, "SLO: seconds to the first token; unset: promised is tbt_s alone", low=0.001, high=3600)
+    tbt_s: float = knob(0.0, "SLO: seconds between two tokens; unset: promised is ttft_s alone", low=0.0001, high=3600)
+    classes: tuple[SloClass, ...] = knob(
+        (), "shorter prompts with a shorter TTFT, shortest first: [{max_prompt_tokens = 255, ttft_s = 0.25}]"
+    )
     tp: int = knob(1, "tensor parallelism", low=1, high=64)
     engine: str = knob("auto", "what its metrics page is", one_of=("auto", "vllm", "sglang"))
     chunk_tokens: int = knob(512, "prompt tokens of one iteration at most (vLLM: max_num_batched_tokens)", low=1, high=1 << 20)

@@ -29,6 +29,7 @@ class Names:
     prompt_tokens: str
     output_tokens: str
     preemptions: str
+    prompts: str  # lengths of prompts
 
 
 ENGINES: Mapping[str, Names] = {
@@ -37,11 +38,13 @@ ENGINES: Mapping[str, Names] = {
         ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"), "vllm:time_to_first_token_seconds",
         ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
         "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:num_preemptions_total",
+        "vllm:request_prompt_tokens",
     ),
     "sglang": Names(
         "sglang:num_running_reqs", "sglang:num_queue_reqs", ("sglang:token_usage",), "sglang:time_to_first_token_seconds",
         ("sglang:inter_token_latency_seconds",),
         "sglang:prompt_tokens_total", "sglang:generation_tokens_total", "sglang:num_retracted_requests_total",
+        "sglang:prompt_tokens_histogram",
     ),
 }  # fmt: skip
 
@@ -87,6 +90,16 @@ class Histogram:
         within = [count for edge, count in zip(self.edges, self.counts, strict=True) if edge <= bound]
         return (within[-1] if within else 0.0) / self.total
 
+    def share_beyond(self, bound: float) -> float:
+        """The share of observations that are surely more than ``bound``; 0.0 without observations."""
+        at = next(i for i, edge in enumerate(self.edges) if edge >= bound)
+        return 1.0 - self.counts[at] / self.total if self.total > 0 else 0.0
+
+    def bands(self) -> tuple[tuple[float, float, float], ...]:
+        """(share, more than, at most) of each bucket that holds observations, ascending."""
+        rows = zip(self.counts, (0.0, *self.counts), (0.0, *self.edges), self.edges, strict=False)
+        return tuple(((upto - before) / self.total, low, high) for upto, before, low, high in rows if upto > before)
+
     def plus(self, other: Histogram) -> Histogram | None:
         """Both together; None when their buckets differ."""
         if self.edges != other.edges:
@@ -107,6 +120,7 @@ class EnginePage:
     preemptions: float | None
     ttft: Histogram | None
     gap: Histogram | None
+    prompts: Histogram | None = None  # tokens of the prompts of those that have ended
 
 
 @dataclass(slots=True)
@@ -128,7 +142,9 @@ def _plain(names: Names) -> tuple[str, ...]:
 
 
 _PLAIN = frozenset(name for names in ENGINES.values() for name in _plain(names))
-_HISTOGRAMS = frozenset(f"{name}{end}" for n in ENGINES.values() for name in (n.ttft, *n.gap) for end in ("_bucket", "_count"))
+_HISTOGRAMS = frozenset(
+    f"{name}{end}" for n in ENGINES.values() for name in (n.ttft, *n.gap, n.prompts) for end in ("_bucket", "_count")
+)
 
 
 def parse(text: str, engine: str = "auto") -> EnginePage:
@@ -155,6 +171,7 @@ def parse(text: str, engine: str = "auto") -> EnginePage:
         engine, _whole(found.sums[names.running], names.running), _whole(found.sums[names.waiting], names.waiting), kv,
         found.sums.get(names.prompt_tokens), found.sums.get(names.output_tokens), found.sums.get(names.preemptions),
         _histogram(found, names.ttft), next((h for name in names.gap if (h := _histogram(found, name)) is not None), None),
+        _histogram(found, names.prompts),
     )  # fmt: skip
 
 

@@ -151,13 +151,18 @@ def _load(figures: Figures) -> InstanceLoad:
         running=page.running, queued=page.waiting, queued_prompt_tokens=None, kv_used_ratio=page.kv_used_ratio,
         oldest_wait_s=None, requests_per_s=figures.requests_per_s, prompt_tokens_per_s=figures.prompt_tokens_per_s,
         output_tokens_per_s=figures.output_tokens_per_s, ttft_p99_s=None, tbt_p99_s=None,
+        prompt_bands=None if figures.prompts is None else figures.prompts.bands(),
     )  # fmt: skip
 
 
 def _complaint(figures: Figures, slo: SloSpec) -> str:
     said = []
     for name, latency, promised_s in (("TTFT", figures.ttft, slo.ttft_s), ("TBT", figures.tbt, slo.tbt_s)):
-        if latency.kept is False and latency.p99_s is not None:
-            how = "up to" if latency.exact else "beyond"
-            said.append(f"p99 of {name} is {how} {latency.p99_s:g} s, the SLO {promised_s:g} s")
+        if latency.kept is not False or latency.p99_s is None or latency.share is None or promised_s is None:
+            continue
+        if name == "TTFT" and slo.classes:
+            said.append(f"{1 - latency.share:.1%} of first tokens are later than the lengths of prompts explain")
+            continue
+        how = "up to" if latency.exact else "beyond"
+        said.append(f"p99 of {name} is {how} {latency.p99_s:g} s, the SLO {promised_s:g} s")
     return f"full clock: {' and '.join(said)}"

@@ -9,7 +9,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import field, fields, replace
+from dataclasses import field, fields, is_dataclass, replace
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -52,6 +52,12 @@ def _check(where: str, value: Any, kind: Any, metadata: Any) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     if kind is float and type(value) is int:
         value = float(value)
+    if get_origin(kind) is tuple and is_dataclass(get_args(kind)[0]):
+        row: Any = get_args(kind)[0]
+        hints = get_type_hints(row)
+        if not isinstance(value, list) or not all(isinstance(each, dict) and each.keys() == hints.keys() for each in value):
+            raise ConfigError(f"{where}: expected a list of {{{', '.join(hints)}}}, got {value!r}")
+        return tuple(row(**{k: _check(f"{where}.{k}", each[k], hints[k], {}) for k in hints}) for each in value)
     if get_origin(kind) is tuple:
         if not isinstance(value, list) or not all(type(item) is str for item in value):
             raise ConfigError(f"{where}: expected a list of strings, got {value!r}")

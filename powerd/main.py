@@ -143,8 +143,9 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
     from powerd.notify import listen_sockets, notify, watchdog_ns
     from powerd.peer import group_id
     from powerd.planroutes import PlanRoutes
+    from powerd.replicacheck import check_replicas
     from powerd.replicaroutes import ReplicaRoutes
-    from powerd.replicas import Replicas, check_replicas
+    from powerd.replicas import Replicas
     from powerd.server import Server
     from powerd.sinks.metrics import Metrics
     from powerd.sinks.store import Store
@@ -330,7 +331,7 @@ async def serve(arguments: argparse.Namespace, config: Config, clock: Clock) -> 
 def _check_replicas(config: Config) -> None:
     """The replicas of the file, where the daemon is installed; without it there is nothing that could follow them."""
     if config.replica:
-        from powerd.replicas import check_replicas
+        from powerd.replicacheck import check_replicas
 
         check_replicas(config)
 

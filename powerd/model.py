@@ -310,3 +310,11 @@ class Event:
     subject: str | None = None  # lease id, control, policy
     detail: str = ""
     data: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SloClass:
+    """Prompts of at most so many tokens, which the class before does not hold, and their seconds to the first token."""
+
+    max_prompt_tokens: int
+    ttft_s: float

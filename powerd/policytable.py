@@ -14,7 +14,8 @@ from typing import Protocol
 from powerd import resources
 from powerd.decode import nearest
 from powerd.errors import RequestError
-from powerd_policies.dynamollm.classes import Slo
+from powerd.model import SloClass
+from powerd_policies.dynamollm.classes import PromptSlo, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import InstanceLoad
 from powerd_policies.dynamollm.instance import ClockDecision, InstanceController
@@ -22,7 +23,7 @@ from powerd_policies.dynamollm.instance import ClockDecision, InstanceController
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SUFFIX = ".engine.csv"
 
-__all__ = ["ClockDecision", "InstanceLoad", "InstancePolicy", "Slo", "instance_policy", "profile_gpu"]
+__all__ = ["ClockDecision", "InstanceLoad", "InstancePolicy", "Slo", "instance_policy", "profile_gpu", "promise"]
 
 
 class InstancePolicy(Protocol):
@@ -62,18 +63,30 @@ def instance_policy(
     park_after_s: float,
     period_s: float,
     chunk_tokens: int = 512,
+    classes: Sequence[SloClass] = (),
 ) -> InstancePolicy:
-    """The policy of one instance on GPUs that have these clocks, ascending. RequestError says which profile would do."""
+    """The policy of one instance on GPUs that have these clocks, ascending. RequestError says which profile would do.
+
+    ``slo`` may be infinite in what is not promised; ``classes`` are shorter prompts with a shorter TTFT.
+    """
     if not clocks_mhz:
         return ParkingOnly(0, 0, park_after_s)
     if profile is None:
         half = max(clocks_mhz) / 2
         return ParkingOnly(max(clocks_mhz), min(c for c in clocks_mhz if c >= half), park_after_s)
     model = _engine_model(profile, folder)
+    shorter = [PromptSlo(each.max_prompt_tokens, each.ttft_s) for each in classes]
     try:
-        return InstanceController(model, tp, slo, chunk_tokens=chunk_tokens, dwell_s=park_after_s, period_s=max(period_s, 1.0))
+        return InstanceController(
+            model, tp, slo, classes=shorter, chunk_tokens=chunk_tokens, dwell_s=park_after_s, period_s=max(period_s, 1.0),
+        )  # fmt: skip
     except ValueError as error:
         raise RequestError(str(error), hint="powerctl dynamollm profile measures another", code="bad_value") from error
+
+
+def promise(ttft_s: float | None, tbt_s: float | None) -> Slo:
+    """What policies call an SLO; None: nothing is promised."""
+    return Slo(float("inf") if ttft_s is None else ttft_s, float("inf") if tbt_s is None else tbt_s)
 
 
 def profile_gpu(profile: str, folder: str) -> str:

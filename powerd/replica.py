@@ -18,7 +18,7 @@ from powerd.enginepage import PageError, parse
 from powerd.governor import Ceiling, Governor, State
 from powerd.log import log
 from powerd.model import Health, Snapshot
-from powerd.policytable import Slo, instance_policy
+from powerd.policytable import instance_policy, promise
 from powerd.replicatypes import ReplicaRequest, ReplicaView
 from powerd.scrape import NoPageError, Reader, source_of
 
@@ -79,8 +79,8 @@ class Replica:
         self.on_change: Callable[[Replica, Change], None] = lambda replica, change: None
         self._clock, self._config, self._snapshot = clock, config, snapshot
         policy = instance_policy(
-            request.profile, config.profile_dir, request.tp, Slo(request.slo.ttft_s, request.slo.tbt_s), clocks_mhz,
-            config.park_after_s, config.scrape_s, request.chunk_tokens,
+            request.profile, config.profile_dir, request.tp, promise(request.slo.ttft_s, request.slo.tbt_s), clocks_mhz,
+            config.park_after_s, config.scrape_s, request.chunk_tokens, request.slo.classes,
         )  # fmt: skip
         self.governor = Governor(
             policy, request.slo, clocks_mhz, now_s=seconds(clock.now_ns()), stale_s=config.stale_s,

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from powerd.access import Origin, Principal
 from powerd.clock import NS
-from powerd.config import Config, StaticReplica
+from powerd.config import StaticReplica
 from powerd.engine import Engine
-from powerd.errors import ConfigError, PowerdError, RequestError
+from powerd.errors import PowerdError, RequestError
 from powerd.governor import Ceiling, State
 from powerd.lease import Lease, LeaseEvent
 from powerd.model import Control, LeaseEnd, LeaseState
-from powerd.policytable import Slo, instance_policy, profile_gpu
+from powerd.policytable import profile_gpu
 from powerd.reconcile import site_interval
 from powerd.replica import Change, Replica
+from powerd.replicacheck import check_replica, static_request
 from powerd.replicafile import ReplicaFile
 from powerd.replicalease import LEASE_PREFIX, grant, hold
-from powerd.replicatypes import ENGINES, ReplicaRequest, ReplicaView, SloSpec
-from powerd.scrape import source_of
+from powerd.replicatypes import ReplicaRequest, ReplicaView
 from powerd.sinks.lines import InferenceRow
 from powerd.sinks.pools import Pools
 from powerd.views import control_why
@@ -34,45 +33,8 @@ from powerd.views import control_why
 MAX_REPLICAS = 64
 LOG_S = 10.0
 _TICK_S = 1.0
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 _STATIC = Principal(Origin.UNIX, uid=os.geteuid(), user="configuration")
 _SUBJECTS = {State.STALE: "replica_stale", State.IDLE: "replica_parked"}
-
-
-def check_replica(request: ReplicaRequest, allowed_hosts: str, profile_dir: str) -> None:
-    """RequestError unless such a replica can be followed on some node."""
-    for what, name in (("name", request.name), ("pool", request.pool)):
-        if not _NAME.fullmatch(name):
-            raise RequestError(f"{what} {name[:80]!r}: letters, digits and ._/- are needed, at most 63", code="bad_value")
-    if not 1 <= request.tp <= 64:
-        raise RequestError(f"tp {request.tp} is outside 1..64", code="bad_value")
-    if not 1 <= request.chunk_tokens <= 1 << 20:
-        raise RequestError(f"chunk_tokens {request.chunk_tokens} is outside 1..{1 << 20}", code="bad_value")
-    if request.engine not in ENGINES:
-        raise RequestError(f"engine {request.engine[:40]!r} is none of {', '.join(ENGINES)}", code="bad_value")
-    for what, value_s in (("ttft_s", request.slo.ttft_s), ("tbt_s", request.slo.tbt_s)):
-        if not 0 < value_s <= 3600:
-            raise RequestError(f"slo.{what} {value_s:g} is outside 0..3600", code="bad_value")
-    source_of(request.metrics_url, allowed_hosts)
-    if request.profile is not None:
-        instance_policy(request.profile, profile_dir, request.tp, Slo(request.slo.ttft_s, request.slo.tbt_s), (1,), 1.0, 1.0)
-
-
-def static_request(static: StaticReplica) -> ReplicaRequest:
-    """What a ``[[replica]]`` of the configuration asks for."""
-    return ReplicaRequest(
-        static.name, static.pool, static.gpus, static.metrics_url, SloSpec(static.ttft_s, static.tbt_s), static.tp, static.engine,
-        static.profile or None, detached=True, chunk_tokens=static.chunk_tokens,
-    )  # fmt: skip
-
-
-def check_replicas(config: Config) -> None:
-    """ConfigError unless every ``[[replica]]`` can be followed."""
-    for static in config.replica:
-        try:
-            check_replica(static_request(static), config.replicas.allowed_hosts, config.replicas.profile_dir)
-        except RequestError as error:
-            raise ConfigError(f"replica {static.name!r}: {error.message}", hint=error.hint) from error
 
 
 class Replicas:

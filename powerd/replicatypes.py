@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from powerd.api import LeaseView
+from powerd.model import SloClass
 
 ENGINES = ("auto", "vllm", "sglang")
 #: Where a replica stands: no good page yet, controlled, controlled with nothing to do, or without pages that can be believed.
@@ -17,10 +18,20 @@ STATES = ("starting", "fresh", "idle", "stale")
 
 @dataclass(frozen=True, slots=True)
 class SloSpec:
-    """What 99 of 100 are promised: seconds to the first token, and seconds between two tokens."""
+    """What 99 of 100 are promised: seconds to the first token, and seconds between two tokens; None: nothing is.
 
-    ttft_s: float
-    tbt_s: float
+    ``classes`` are promised a shorter TTFT, shortest prompts first: ``ttft_s`` is that of all longer ones. The seconds between
+    two tokens are those of all, because all requests of an engine share its iterations.
+    """
+
+    ttft_s: float | None = None
+    tbt_s: float | None = None
+    classes: tuple[SloClass, ...] = ()
+
+    @property
+    def strictest_ttft_s(self) -> float | None:
+        """The least TTFT that any prompt is promised."""
+        return self.classes[0].ttft_s if self.classes else self.ttft_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +42,7 @@ class ReplicaRequest:
     pool: str  # of alike replicas: one request class or several
     gpus: tuple[str, ...]  # UUIDs; all of them get one clock
     metrics_url: str  # http://127.0.0.1:8000/metrics or unix:/run/engine.sock:/metrics
-    slo: SloSpec
+    slo: SloSpec  # TTFT, by classes of prompts if wanted, or TBT, or both
     tp: int = 1
     engine: str = "auto"  # vllm, sglang, or auto: what the page turns out to be
     profile: str | None = None  # what the engine's speed and power are known by; None: only parks clocks when idle

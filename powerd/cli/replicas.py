@@ -15,7 +15,7 @@ from powerd.units import joules
 
 if TYPE_CHECKING:
     from powerd.api import NodeView
-    from powerd.replicatypes import ReplicaView
+    from powerd.replicatypes import ReplicaView, SloSpec
 
 _SLO = {True: "kept", False: "missed", None: "-"}
 
@@ -30,8 +30,14 @@ def replicas(ctx: typer.Context, as_json: JsonFlag = False) -> None:
         _table(client.node(), views)
 
 
-def _seconds(value: float | None, promised_s: float) -> str:
-    return f"{'-' if value is None else f'{value:g}'} of {promised_s:g} s"
+def _seconds(value: float | None, *promised_s: float | None) -> str:
+    promised = " to ".join(f"{each_s:g}" for each_s in promised_s if each_s is not None)
+    return f"{'-' if value is None else f'{value:g}'}{f' of {promised}' if promised else ''} s"
+
+
+def _ttfts(slo: SloSpec) -> list[float]:
+    """From the strictest to that of the longest prompts, once where they are one."""
+    return sorted({s for s in (slo.strictest_ttft_s, slo.ttft_s) if s is not None})
 
 
 def _number(value: float | None, form: str = "g", unit: str = "") -> str:
@@ -46,7 +52,7 @@ def _table(node: NodeView, views: tuple[ReplicaView, ...]) -> None:
         clock = "full" if view.clock_mhz is None else f"{view.clock_mhz} MHz"
         rows.add_row(
             view.name, view.pool, str(view.tp), ",".join(indices.get(uuid, uuid) for uuid in view.gpus), view.state, clock,
-            _number(view.running), _number(view.waiting), _seconds(view.ttft_p99_s, view.slo.ttft_s),
+            _number(view.running), _number(view.waiting), _seconds(view.ttft_p99_s, *_ttfts(view.slo)),
             _seconds(view.tbt_p99_s, view.slo.tbt_s), _SLO[view.within_slo], _number(view.power_w, ".0f", " W"),
             joules(view.energy_j), view.reason + (f" ({view.note})" if view.note and view.note not in view.reason else ""),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -16,7 +16,7 @@ from powerd.client.background import start
 from powerd.client.calls import Calls
 from powerd.client.codec import neutral
 from powerd.client.lease import Lease
-from powerd.model import LeaseEnd
+from powerd.model import LeaseEnd, SloClass
 from powerd.replicatypes import ReplicaGrant, ReplicaRequest, ReplicaView, SloSpec
 
 if TYPE_CHECKING:
@@ -119,8 +119,9 @@ class ReplicaCalls(Calls):
         *,
         pool: str,
         metrics_url: str,
-        ttft_s: float,
-        tbt_s: float,
+        ttft_s: float | None = None,
+        tbt_s: float | None = None,
+        classes: Mapping[int, float] | None = None,
         gpus: str | int | Sequence[str | int] = "visible",
         tp: int | None = None,
         engine: str = "auto",
@@ -130,6 +131,9 @@ class ReplicaCalls(Calls):
     ) -> Replica:
         """Have the daemon hold the lowest clock at which this replica keeps its SLO, until released or this process ends.
 
+        ``ttft_s`` seconds are promised to the first token and ``tbt_s`` between two; at least one of them, so that an engine that
+        only prefills or only decodes is held to what it does. ``classes`` are shorter prompts that are promised a shorter TTFT:
+        prompt tokens, at most -> seconds.
         ``tp`` is the number of GPUs unless said otherwise, ``chunk_tokens`` what one iteration computes of prompts at most.
         Raises RequestError for what is wrong with it, UnavailableError without a daemon; with ``on_error="log"`` it warns, and
         the replica runs at full clock until a daemon is there.
@@ -137,8 +141,9 @@ class ReplicaCalls(Calls):
 
         def request() -> ReplicaRequest:
             uuids = self.resolve(gpus)
+            slo = SloSpec(ttft_s, tbt_s, tuple(SloClass(tokens, each_s) for tokens, each_s in sorted((classes or {}).items())))
             return ReplicaRequest(
-                name, pool, uuids, metrics_url, SloSpec(ttft_s, tbt_s), tp or len(uuids), engine, profile, ttl_s,
+                name, pool, uuids, metrics_url, slo, tp or len(uuids), engine, profile, ttl_s,
                 detached=self.transport.socket_path is None, chunk_tokens=chunk_tokens,
             )  # fmt: skip
 

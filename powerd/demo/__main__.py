@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         "--training-time", default="stepped", metavar="MODE", help="stepped, or a factor such as x10 (see docs/demo.md)"
     )
     parser.add_argument("--serving-seconds", type=float, default=600.0, metavar="S", help="of the conversation trace")
+    holders = ("plan", "daemon", "daemon-strictest")
+    parser.add_argument("--serving-clocks", default="plan", choices=holders, help="who holds DynamoLLM's (see docs/demo.md)")
     args = parser.parse_args(argv)
     parts = args.parts.split(",")
     if not set(parts) <= set(PARTS) or ("kill" in parts and "sweep" not in parts):
@@ -62,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     began_s = time.monotonic()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        code = _show(args.out, args.gpus, args.seconds, args.step, parts, args.training_time, args.serving_seconds)
+        serving = (args.serving_seconds, args.serving_clocks)
+        code = _show(args.out, args.gpus, args.seconds, args.step, parts, args.training_time, serving)
     except KeyboardInterrupt:
         print("\ndemo: interrupted; everything that it started has ended", file=sys.stderr)
         return 130
@@ -80,7 +83,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _show(
-    out: Path, gpus: int, seconds: float, step: int, parts: Sequence[str], training_time: str, serving_s: float
+    out: Path, gpus: int, seconds: float, step: int, parts: Sequence[str], training_time: str, serving: tuple[float, str]
 ) -> int:  # fmt: skip
     summary: dict[str, Any] = {"simulated": True}
     if "sweep" in parts:
@@ -92,7 +95,7 @@ def _show(
         with stage(gpus, "real") as here:
             summary |= _kill(here, gpus, summary["hold_mhz"])
     if "serve" in parts:
-        summary["service"] = service.serve(out, serving_s)
+        summary["service"] = service.serve(out, *serving)
     (out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return 0 if summary.get("restored", True) else 1
 

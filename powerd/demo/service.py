@@ -67,8 +67,11 @@ class Served:
         return sum(clocks) / len(clocks) if clocks else None
 
 
-def serve(out: Path, seconds: float = 600.0) -> dict[str, Any]:
-    """Run it, print it, draw it; the figures as plain data. DemoError when a policy does not serve the whole trace."""
+def serve(out: Path, seconds: float = 600.0, clocks: str = "plan") -> dict[str, Any]:
+    """Run it, print it, draw it; the figures as plain data. DemoError when a policy does not serve the whole trace.
+
+    ``clocks``: who holds those of DynamoLLM, its plan or the daemon's instance manager by what each engine's page says.
+    """
     from powerd.demo.servicepicture import draw
 
     print(f"\nServing: Llama-2-70B on {GPUS} H100, {seconds:.0f} s of a conversation trace over HTTP, as SinglePool (all GPUs"
@@ -76,7 +79,8 @@ def serve(out: Path, seconds: float = 600.0) -> dict[str, Any]:
           " all numbers below are simulated.")  # fmt: skip
     began_s = time.monotonic()
     with stage(GPUS, "stepped", latency=1.0, fit_on=None, model=MODEL) as here:
-        child = here.start("service", "-m", MODULE, "--ask", "--seconds", str(seconds), "--policies", ",".join(POLICIES))
+        child = here.start("service", "-m", MODULE, "--ask", "--seconds", str(seconds), "--policies", ",".join(POLICIES),
+                           "--clocks", clocks)  # fmt: skip
         setting = child.next(START_S)
         here.go()
         child.tell("go")

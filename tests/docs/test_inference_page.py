@@ -7,7 +7,7 @@ import re
 
 from powerd import config
 from powerd.enginepage import ENGINES
-from powerd.replicas import check_replicas
+from powerd.replicacheck import check_replicas
 from tests.docs import markdown
 from tests.docs.markdown import ROOT
 from tests.e2e.live import LiveNode
@@ -41,7 +41,7 @@ def test_the_names_of_the_page_are_those_that_are_read() -> None:
     read = set()
     for names in ENGINES.values():
         read |= {names.running, names.waiting, names.kv_used[0], names.ttft, names.gap[0]}
-        read |= {names.prompt_tokens, names.output_tokens, names.preemptions}
+        read |= {names.prompt_tokens, names.output_tokens, names.preemptions, names.prompts}
     assert shown == read
 
 

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from powerd.client import Client
 from powerd.demo.stage import START_S, stage
+from powerd.model import SloClass
+from powerd.replicatypes import SloSpec
 from powerd.sim.replay import scale, session
 from powerd.sim.replay.policies import single_pool
 from powerd.sim.replay.runner import replay
@@ -52,9 +55,12 @@ def test_the_daemon_holds_the_clocks_of_registered_replicas_and_nobody_is_lost()
         ready = child.next(START_S)
         here.go()
         child.tell("go")
-        clocks = []
-        while "served" not in (message := child.next(60)):
-            clocks.append(message["clock_mhz"])
+        clocks, promised = [], list[SloSpec]()
+        with Client(here.env["POWERD_SOCKET"]) as client:
+            while "served" not in (message := child.next(60)):
+                clocks.append(message["clock_mhz"])
+                promised = [view.slo for view in client.replicas()] or promised
+        assert set(promised) == {SloSpec(4.0, 0.15, (SloClass(1023, 1.5),))}, "short prompts are promised less than long ones"
         served = message["served"]
         assert served["outcomes"] == {"answered": ready["requests"]}
         assert min(clocks) < 1700, "the instance manager has lowered a clock by what it scraped"

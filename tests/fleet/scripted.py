@@ -22,13 +22,15 @@ class Scripted:
         self.counts = {LL8: counts.get("ll8", 1)}
         self.seen: list[FleetState] = []
         self.error: Exception | None = None
+        self.resteered: frozenset[str] = frozenset()
 
     def decide(self, state: FleetState) -> FleetPlan:
         self.seen.append(state)
         if self.error is not None:
             raise self.error
         wants = tuple(InstanceWant(None, g.pool, g.tp, 1410) for g, count in self.counts.items() for _ in range(count))
-        return FleetPlan(wants, dict.fromkeys(NAMES, ("LL",)), shed={"i1": 2.5})
+        late = {"reordered": self.resteered | {"i2"}, "resteered": self.resteered}
+        return FleetPlan(wants, dict.fromkeys(NAMES, ("LL",)), shed={"i1": 2.5}, **late)
 
 
 class Clock:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from powerd_integrations.fleet.handover import Limits
+from powerd_integrations.fleet.observed import Waited
 from powerd_integrations.fleet.planner import LivePlanner, PlannerOptions
 from powerd_integrations.fleet.published import Group, PlanFile, from_json, to_json
-from powerd_policies.dynamollm.fleet import ClassLoad
+from powerd_policies.dynamollm.fleet import ClassLoad, InstanceLoad
 from tests.fleet.scripted import LL8, Clock, Scripted, planner, replica, report
 
 
@@ -194,3 +196,64 @@ def test_bounds_of_a_group_hold_and_what_is_no_group_is_said_once() -> None:
         plan = live.tick()
     assert plan.desired == {LL8: 12}
     assert [event.detail for event in live.events()] == ["SS-tp2: wanted, but no group of this fleet"]
+
+
+def test_what_waits_at_an_instance_is_told_by_routers_where_its_engine_does_not() -> None:
+    clock, controller = Clock(), Scripted()
+    live = planner(controller, clock)
+    live.add_instances([replica("silent"), replica("telling"), replica("idle")])
+    live.add_instances([replace(replica("silent"), load=InstanceLoad(running=3, queued=1, oldest_wait_s=None))])
+    for router, requests in (("r1", 4), ("r2", 2)):
+        told = {name: Waited(requests, 100 * requests, 1.5 * requests) for name in ("silent", "telling", "gone")}
+        live.add_arrivals(replace(report(1, router=router), waiting=told))
+    live.tick()
+    loads = {state.id: state.load for state in controller.seen[0].instances}
+    silent = loads["silent"]
+    assert (silent.running, silent.queued, silent.queued_prompt_tokens, silent.oldest_wait_s) == (3, 6, 600, 6.0)
+    assert (loads["telling"].queued, loads["telling"].oldest_wait_s) == (0, 0.0), "the engine knows better"
+    clock.s += 6.0
+    live.add_arrivals(replace(report(2, router="r1")))
+    live.add_instances([replace(replica("silent"), load=InstanceLoad(running=3, oldest_wait_s=None))])
+    live.tick()
+    (later,) = (state.load for state in controller.seen[1].instances if state.id == "silent")
+    assert (later.queued, later.oldest_wait_s) == (2, 3.0), "as each router said last"
+
+
+def test_what_the_ladder_wants_is_published_and_what_was_done_is_said_once() -> None:
+    clock, controller = Clock(), Scripted()
+    live = planner(controller, clock)
+    controller.resteered = frozenset({"i1"})
+    live.add_arrivals(report(1))
+    plan = live.tick()
+    assert (plan.resteered, plan.reordered) == (frozenset({"i1"}), frozenset({"i1", "i2"}))
+    assert plan.shed_after_s == {"i1": 2.5}
+    assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
+    live.add_arrivals(replace(report(2), resteered={"i1": 3}, rejected={"i1": 1, "i2": 2}))
+    live.add_arrivals(replace(report(2), resteered={"i1": 3}))  # sent again: counted once
+    for _ in range(2):
+        clock.s += 5.0
+        live.add_arrivals(report(int(clock.s)))
+        live.tick()
+    assert [(event.subject, event.detail) for event in live.events() if event.kind == "emergency"] == [
+        ("i1", "3 waiting requests were sent elsewhere, 1 were rejected"),
+        ("i2", "0 waiting requests were sent elsewhere, 2 were rejected"),
+    ]
+    assert (live.figures().resteered, live.figures().rejected) == (3, 3)
+
+
+def test_on_a_load_that_is_not_known_any_more_nobody_is_rejected() -> None:
+    clock, controller = Clock(), Scripted()
+    controller.resteered = frozenset({"i1"})
+    live = planner(controller, clock)
+    live.add_arrivals(report(1))
+    assert live.tick().shed_after_s
+    clock.s += 11.0
+    held = live.tick()
+    assert "load is not known" in held.held
+    assert (held.shed_after_s, held.resteered, held.reordered) == ({}, frozenset(), frozenset())
+
+
+def test_a_plan_of_an_older_planner_can_be_read() -> None:
+    document = to_json(planner(Scripted(), Clock()).tick())
+    del document["resteered"], document["reordered"]
+    assert from_json(document).resteered == from_json(document).reordered == frozenset()

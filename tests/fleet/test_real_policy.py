@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from powerd_integrations.fleet import settings as configured
-from powerd_integrations.fleet.observed import Arrivals
+from powerd_integrations.fleet.observed import Arrivals, Waited
 from powerd_integrations.fleet.planner import LivePlanner
 from powerd_integrations.fleet.policy import build
 from powerd_integrations.fleet.published import Group
@@ -59,3 +59,25 @@ def test_the_fleet_shrinks_to_its_load_grows_with_it_and_always_serves() -> None
     assert used[5] == 64, "all GPUs while nothing is known"
     assert used[650] < 32, "few requests need few"
     assert used[-1] > used[650], "more need more"
+
+
+def test_the_ladder_is_climbed_on_what_routers_say_waits_and_left_again() -> None:
+    settings, clock = configured.parse(FLEET), Clock()
+    live = LivePlanner(build(settings), settings.options, groups=settings.bounds, now_s=clock, unix_s=clock)
+    # As a vLLM tells it, on a node that holds a clock for which the figures have no row.
+    load = InstanceLoad(running=5, queued_prompt_tokens=None, oldest_wait_s=None)
+    seen = []
+    for second in range(1, 101):
+        clock.s += 1.0
+        waiting = {"late": Waited(40, 20_000, 3.0)} if second <= 40 else {}
+        live.add_arrivals(Arrivals("r", second, {"MM": ClassLoad(3, 1800, 600)}, waiting))
+        live.add_instances(InstanceState(name, "LL", 8, 1234, load=load) for name in ("late", "calm"))
+        plan = live.tick()
+        seen.append((plan.reordered, plan.resteered, dict(plan.shed_after_s)))
+    late = frozenset({"late"})
+    assert next(row for row in seen if any(row)) == (late, frozenset(), {})
+    assert seen[39] == (late, late, {"late": 2.0}), "one rung after the other"
+    assert seen[-1][2] == {}, "in time again for long enough: nobody is rejected any more"
+    rungs = [event.detail.split(":")[0] for event in live.events() if (event.kind, event.subject) == ("emergency", "late")]
+    assert rungs[:4] == ["CALM -> REORDER", "REORDER -> MAX_CLOCK", "MAX_CLOCK -> RESTEER", "RESTEER -> REJECT"]
+    assert not [event for event in live.events() if event.kind == "emergency" and event.subject == "calm"]

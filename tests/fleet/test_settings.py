@@ -81,11 +81,14 @@ def test_the_planner_knows_the_day_of_the_week() -> None:
     assert at_noon(5) == pytest.approx(1.05), "Saturday"
 
 
-def test_slos_are_those_of_the_class_or_the_strictest() -> None:
+def test_slos_are_those_of_the_class_or_of_all_classes_by_their_prompts() -> None:
     settings = configured.parse(GOOD)
-    assert settings.slo_of(settings.groups[0]) == Slo(2.0, 0.1)
+    assert settings.slo_of(settings.groups[0]) == (Slo(2.0, 0.1), {})
     other = configured.parse(GOOD.replace('pool = "LL"', 'pool = "everything"\ntbt_s = 0.2'))
-    assert other.slo_of(other.groups[0]) == Slo(0.25, 0.2), "the TTFT of SM, and its own TBT"
+    slo, classes = other.slo_of(other.groups[0])
+    assert (slo, classes[255]) == (Slo(2.0, 0.2), 0.25), "the TTFT of SM for short prompts, and its own TBT"
+    own = configured.parse(GOOD.replace('pool = "LL"', 'pool = "everything"\nttft_s = 0.3'))
+    assert own.slo_of(own.groups[0]) == (Slo(0.3, 0.1), {})
 
 
 @pytest.mark.parametrize(
@@ -148,3 +151,10 @@ def test_a_good_file_is_said_to_be_good(tmp_path: Path, capsys: pytest.CaptureFi
     file.write_text(GOOD.replace("POLICY", "dynamollm"))
     assert main([str(file), "--check"]) == 0
     assert capsys.readouterr().out == f"{file}: dynamollm every 5 s over LL-tp8\n"
+
+
+def test_priorities_for_an_engine_that_was_not_started_to_go_by_them_are_refused() -> None:
+    engine = '[engine]\npriorities = true\ncommand = ["vllm", "serve", "m"{more}]\n'
+    with pytest.raises(RequestError, match="--scheduling-policy=priority"):
+        configured.parse(GOOD + engine.replace("{more}", ""))
+    assert configured.parse(GOOD + engine.replace("{more}", ', "--scheduling-policy=priority"')).engine.priorities

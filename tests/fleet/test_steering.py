@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from powerd_integrations.fleet import settings as configured
+from powerd_integrations.fleet.observed import Waited
 from powerd_integrations.fleet.published import Group, PublishedPlan, Serving
 from powerd_integrations.fleet.sizes import OutputSizes, prompt_tokens
-from powerd_integrations.fleet.steering import BrokenOffError, NobodyServesError, Steering
+from powerd_integrations.fleet.steering import REFUSALS, BrokenOffError, NobodyServesError, Steering
 from powerd_policies.dynamollm import models
 from powerd_policies.dynamollm.classes import NAMES, Classes
 from powerd_policies.dynamollm.router import PromptTooLongError
@@ -39,6 +41,11 @@ class Counter:
 
     def __init__(self) -> None:
         self.counted: list[tuple[str, int, int]] = []
+        self.called: list[tuple[str, str]] = []
+        self.waiting: Callable[[], Mapping[str, Waited]] = dict
+
+    def called_back(self, instance: str, call: str) -> None:
+        self.called.append((instance, call))
 
     def count(self, request_class: str, prompt: int, output: int) -> None:
         self.counted.append((request_class, prompt, output))
@@ -209,6 +216,76 @@ def test_answers_are_predicted_from_what_was_seen_and_capped_by_what_is_asked_fo
         sizes.learn(100, answer)
     assert (sizes.predict(0, None), sizes.predict(0, 1000), sizes.predict(0, 60)) == (250, 250, 60)
     assert sizes.predict(1, 400) == 400, "another size of prompt"
+
+
+@pytest.mark.parametrize("priorities", [True, False])
+def test_a_request_carries_its_deadline_where_engines_go_by_priority_and_only_there(priorities: bool) -> None:
+    replicas = Replicas()
+    engine = f"[engine]\npriorities = {str(priorities).lower()}\n"
+    steer = Steering(configured.parse(GOOD + engine), models.load(MODEL), Source(plan(A, B)), Counter(), replicas.send)  # type: ignore[arg-type]
+    begun_s = time.time()
+    asyncio.run(all_of(steer, ask()))
+    asyncio.run(all_of(steer, ask(characters=8000)))
+    bodies = [body for _, body in replicas.asked]
+    assert ["priority" in body for body in bodies] == [priorities] * 2
+    if priorities:
+        short, long = (body["priority"] / 1000 - begun_s for body in bodies)
+        assert 0.499 <= short < 1.5, "this file promises SS half a second"
+        assert 2.0 <= long < 3.0
+
+
+class Slow(Replicas):
+    """Replicas that hold a request for a third of a second before its first token."""
+
+    async def send(self, group: Group, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+        yield f"@{group}-{len(self.asked)}".encode()
+        async for part in super().send(group, path, body, headers):
+            yield part
+            await asyncio.sleep(0.3 if part == b"200" else 0.0)
+
+
+@pytest.mark.parametrize(("age_s", "refused"), [(0.0, True), (100.0, False)])
+def test_a_planner_that_is_away_has_nobody_rejected(age_s: float, refused: bool) -> None:
+    counter, wants = Counter(), replace(plan(A), published_unix_s=time.time() - age_s, shed_after_s={"SS-tp2-0": 0.1})
+    steer = steering(Slow(), Source(wants), counter)
+    if refused:
+        with pytest.raises(NobodyServesError, match=r"overload: it waited 0\.\d+ s at SS-tp2-0 "):
+            asyncio.run(all_of(steer, ask()))
+    else:
+        assert asyncio.run(all_of(steer, ask())).count(b"word ") == 20
+    assert counter.called == [("SS-tp2-0", "shed")] * refused
+    assert set(steer.router.outstanding().values()) == {(0, 0)}
+
+
+def test_a_request_that_went_elsewhere_is_refused_by_who_is_in_trouble_and_served_if_there_is_nobody_else() -> None:
+    class Stubborn(Replicas):
+        """A carrier that brings every request to the same replica, which refuses those that avoid it."""
+
+        avoided = 0
+
+        async def send(self, group: Group, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+            refuses = "SS-tp2-0" in headers.get("x-powerd-avoid", "").split()
+            self.avoided += refuses
+            yield b"@SS-tp2-0"
+            if refuses:
+                return
+            async for part in super().send(group, path, body, headers):
+                await asyncio.sleep(0.2 if part == b"200" and not self.avoided else 0.0)
+                yield part
+
+    replicas, counter = Stubborn(), Counter()
+    steer = steering(replicas, Source(replace(plan(A), resteered=frozenset({"SS-tp2-0"}))), counter)
+
+    async def late() -> bytes:
+        answer = asyncio.create_task(all_of(steer, ask()))
+        await asyncio.sleep(0.05)
+        steer.waiting.obey({"SS-tp2-0"}, {})  # the planner decides again
+        return await answer
+
+    assert asyncio.run(late()).count(b"word ") == 20, "it is never lost"
+    assert (len(replicas.asked), replicas.avoided) == (2, REFUSALS)
+    assert counter.called == [("SS-tp2-0", "resteer")]
+    assert steer.retries == 0, "a replica in trouble has not failed"
 
 
 class Recorded(Replicas):

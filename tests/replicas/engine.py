@@ -17,6 +17,7 @@ from typing import Any
 
 TTFT_EDGES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
               640.0, 2560.0)  # fmt: skip
+LENGTH_EDGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 GAP_EDGES = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 
 
@@ -32,12 +33,20 @@ class Engine:
     preemptions: float = 0
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    prompts: list[float] | None = None  # tokens of those that have ended; None: no such histogram
     labels: str = 'engine="0",model_name="test"'
     requests_per_s: float = 0  # from now on, by themselves: 300 prompt tokens, answered in 0.2 s, and 20 tokens 0.03 s apart
+    long_tokens: int = 0  # not 0: beside each of them one with so many prompt tokens, answered in 2 s
     _due: float = 0
     _at_s: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def page(self) -> str:
+        """What it serves now, the same in all its parts."""
+        with self._lock:
+            return self._page()
+
+    def _page(self) -> str:
         now_s = time.monotonic()
         passed_s, self._at_s = now_s - self._at_s, now_s
         self._due += self.requests_per_s * passed_s
@@ -47,6 +56,13 @@ class Engine:
             self.output_tokens += 20
             self.ttft.append(0.2)
             self.gaps += [0.03] * 20
+            if self.prompts is not None:
+                self.prompts.append(300)
+            if self.long_tokens:
+                self.prompt_tokens += self.long_tokens
+                self.ttft.append(2.0)
+                if self.prompts is not None:
+                    self.prompts.append(self.long_tokens)
         lines = [
             line
             for name, kind, value in (
@@ -59,7 +75,10 @@ class Engine:
         ]  # fmt: skip
         for name, edges, seen in (
             ("time_to_first_token_seconds", TTFT_EDGES, self.ttft), ("inter_token_latency_seconds", GAP_EDGES, self.gaps),
+            ("request_prompt_tokens", LENGTH_EDGES, self.prompts),
         ):  # fmt: skip
+            if seen is None:
+                continue
             lines.append(f"# TYPE vllm:{name} histogram")
             for edge in (*edges, float("inf")):
                 le = "+Inf" if edge == float("inf") else repr(edge)

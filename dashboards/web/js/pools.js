@@ -39,14 +39,14 @@ const power = (value) => watts(value === null ? null : value * 1000);
 
 // "200 ms of 500 ms": so much of what is promised; a miss is said, not only coloured.
 function latency(node, value_s, slo_s) {
-  const missed = value_s !== null && value_s > slo_s;
-  setValue(node, value_s === null ? null : `${missed ? "missed: " : ""}${duration(value_s)} of ${duration(slo_s)}`);
+  const promised = slo_s !== null, missed = promised && value_s !== null && value_s > slo_s;
+  setValue(node, value_s === null ? null : `${missed ? "missed: " : ""}${duration(value_s)}${promised ? ` of ${duration(slo_s)}` : ""}`);
   node.classList.toggle("miss", missed);
 }
 
 // The slowest replica against its own promise stands for the pool.
 function worst(members, name, promise) {
-  const told = members.filter((replica) => replica[name] !== null);
+  const told = members.filter((replica) => replica[name] !== null && replica.slo[promise] !== null);
   if (!told.length) return [null, null];
   const slowest = told.reduce((a, b) => (b[name] / b.slo[promise] > a[name] / a.slo[promise] ? b : a));
   return [slowest[name], slowest.slo[promise]];

@@ -7,13 +7,13 @@ awaited in a thread; what is held ends with the replica, and with this process.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from powerd.client import Client, Lease
 from powerd.client.replica import Replica
 from powerd_integrations.fleet.launcher import Handle
-from powerd_policies.dynamollm.classes import Slo
+from powerd_policies.dynamollm.classes import PromptSlo, Slo
 from powerd_policies.dynamollm.fleet import InstanceWant
 
 
@@ -62,11 +62,15 @@ class LeaseClocks:
 class ReplicaClocks:
     """Registers every replica with the daemon's instance manager, which reads its metrics and holds the lowest safe clock.
 
-    ``slos`` by pool; ``profile`` is what the daemon knows the engine by.
+    ``slos`` by pool, for all its prompts; those of other pools are promised ``default``, and shorter prompts of them ``classes``.
+    ``profile`` is what the daemon knows the engine by.
     """
 
-    def __init__(self, client: Client, profile: str, slos: Mapping[str, Slo], default: Slo) -> None:
+    def __init__(
+        self, client: Client, profile: str, slos: Mapping[str, Slo], default: Slo, classes: Sequence[PromptSlo] = ()
+    ) -> None:
         self._client, self._profile, self._slos, self._default = client, profile, slos, default
+        self._classes = {each.max_prompt_tokens: each.ttft_s for each in classes if each.max_prompt_tokens is not None}
         self._replicas: dict[str, tuple[str, Replica]] = {}  # id -> pool as registered
 
     async def hold(self, handle: Handle, want: InstanceWant) -> None:
@@ -77,7 +81,8 @@ class ReplicaClocks:
         slo = self._slos.get(want.pool, self._default)
         replica = await asyncio.to_thread(
             self._client.register_replica, handle.id, pool=want.pool, metrics_url=handle.metrics_url, ttft_s=slo.ttft_s,
-            tbt_s=slo.tbt_s, gpus=list(handle.gpus), tp=want.tp, profile=self._profile,
+            tbt_s=slo.tbt_s, classes={} if want.pool in self._slos else self._classes, gpus=list(handle.gpus), tp=want.tp,
+            profile=self._profile,
         )  # fmt: skip
         self._replicas[handle.id] = (want.pool, replica)
 

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from powerd_integrations.fleet import bodies, sse
 from powerd_integrations.fleet.tally import Passed, Tally
-from powerd_integrations.fleet.waiting import Leash, Waiting
-from powerd_policies.dynamollm.classes import NAMES
+from powerd_integrations.fleet.waiting import CalledBackError, Leash, Waiting, says
 from powerd_policies.dynamollm.engine_model import EngineModel
-from powerd_policies.dynamollm.fleet import FleetPlan, InstanceState
+from powerd_policies.dynamollm.fleet import FleetPlan, InstanceLoad, InstanceState
 from powerd_policies.dynamollm.router import PromptTooLongError, Router
 
 if TYPE_CHECKING:
@@ -43,18 +42,16 @@ class FrontOptions:
     probe_s: float = 0.5  # from a failure to the first look at /health, doubled with each failure in a row
     tokens_per_character: float = 0.25  # of a prompt that is text
     default_output_tokens: int = 256
+    priorities: bool = False  # tell engines each request's deadline: they were started to go by priority
+    rescue_s: float = 30.0  # what a plan wants of waiting requests is done so long without a newer plan
 
 
 class _BrokenError(Exception):
     """An engine failed a request that can go to another one; ``took``: it may have begun to compute it."""
 
-    def __init__(self, message: str, took: bool = True, blame: bool = True) -> None:
+    def __init__(self, message: str, took: bool = True) -> None:
         super().__init__(message)
-        self.took, self.blame = took, blame
-
-
-class _ShedError(Exception):
-    """The request has waited too long where others can still be served in time."""
+        self.took = took
 
 
 class Front:
@@ -84,7 +81,7 @@ class Front:
         self._states: tuple[InstanceState, ...] = ()
         self._suspects: dict[str, asyncio.Task[None]] = {}
         self._strikes: Counter[str] = Counter()
-        self._waiting = Waiting()
+        self._waiting = Waiting(self.router, self.tally.called)
         self._changed = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
@@ -151,6 +148,11 @@ class Front:
         """Requests at one replica now."""
         return self.tally.at[replica]
 
+    def load(self, replica: str) -> InstanceLoad:
+        """What one replica has to do as the front knows it, which an engine's metrics do not tell: who waits since when."""
+        waits = self._waiting.at(replica)
+        return InstanceLoad(self.tally.at[replica] - waits.requests, waits.requests, waits.prompt_tokens, None, waits.oldest_s)
+
     async def empty(self, replica: str) -> None:
         """Return when nothing is in flight at a replica; take it out of the router first."""
         while self.tally.at[replica]:
@@ -201,19 +203,24 @@ class Front:
         self.tally.arrived(passed)
         if passed.request_class is None:
             return self._refuse(passed, 400, f"a prompt of {prompt_tokens} tokens; the longest is {classes.context_limit}")
-        size = NAMES.index(passed.request_class) % 3
+        if options.priorities:
+            raw = bodies.with_priority(raw, passed.received_s + classes.slos[passed.request_class].ttft_s)
         try:
             async with asyncio.timeout(self.options.queue_timeout_s) as patience:
                 while True:
-                    replica = await self._choose(prompt_tokens, size)
+                    replica = await self._choose(passed)
                     deadline_s = patience.when()
                     patience.reschedule(None)
                     passed.replica = replica
                     try:
                         return await self._pass(request, raw, body, passed, replica)
+                    except CalledBackError as error:
+                        if error.call == "shed":
+                            return self._refuse(passed, 503, str(error))
+                        passed.moved = True
+                        self.tally.retried += 1
                     except _BrokenError as error:
-                        if error.blame:
-                            self.suspect(replica)
+                        self.suspect(replica)
                         self.tally.retried += 1
                         if error.took:  # refusals cost nothing: they are only bounded by the time that a request may wait
                             passed.attempts, deadline_s = passed.attempts + 1, loop.time() + self.options.queue_timeout_s
@@ -232,19 +239,19 @@ class Front:
             raise
         except PromptTooLongError as error:
             return self._refuse(passed, 400, str(error))
-        except _ShedError as error:
-            return self._refuse(passed, 503, str(error))
 
-    async def _choose(self, prompt_tokens: int, size: int) -> str:
+    async def _choose(self, passed: Passed) -> str:
         while True:
             changed = self._changed
-            if (replica := self.router.route(prompt_tokens, size)) is not None:
+            avoid = self._waiting.troubled if passed.moved else ()
+            if (replica := self.router.route(passed.prompt_tokens, passed.output_size, avoid)) is not None:
                 return replica
             await changed.wait()
 
-    def rescue(self, plan: FleetPlan) -> tuple[int, int]:
-        """Do what a plan wants of requests without a token: (sent elsewhere, rejected)."""
-        return self._waiting.rescue(plan, asyncio.get_running_loop().time())
+    def rescue(self, plan: FleetPlan) -> list[tuple[str, str]]:
+        """Do what a plan wants of requests without a token; replicas, and what was done there since the last call."""
+        self._waiting.obey(plan.resteered, plan.shed, asyncio.get_running_loop().time() + self.options.rescue_s)
+        return [(replica, says(*counts)) for replica, counts in self.tally.take_rescued().items()]
 
     async def _pass(
         self, request: web.Request, raw: bytes, body: bodies.Read, passed: Passed, replica: str
@@ -255,21 +262,21 @@ class Front:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _NOT_PASSED}
         self.tally.at[replica] += 1
         response: web.StreamResponse | None = None
-        leash: Leash | None = None
         watch = sse.Watch()
+        # Of an answer that comes whole nobody knows whether it has begun: it stays where it is.
+        leash = self._waiting.hold(
+            replica, passed.received_s, passed.prompt_tokens, passed.output_size, moved=passed.moved, waits=body.stream
+        )
         try:
-            async with asyncio.timeout(None) as timeout:
-                # Of an answer that comes whole nobody knows whether it has begun: it stays where it is.
-                leash = self._waiting.hold(replica, passed, timeout) if body.stream else None
-                async with await self._post(self._urls[replica] + request.path, raw, headers, body.stream) as answer:
-                    if answer.status >= 500:
-                        raise _BrokenError(f"{replica} answered {answer.status}", took=answer.status != 503)
-                    async for piece in sse.pieces(answer, watch, self.options.silence_s):
-                        if response is None:
-                            self._first(passed, replica)
-                            response = await _begin(request, answer)
-                        passed.chunks += 1
-                        await response.write(piece)
+            async with await leash.first(self._post(self._urls[replica] + request.path, raw, headers, body.stream)) as answer:
+                if answer.status >= 500:
+                    raise _BrokenError(f"{replica} answered {answer.status}", took=answer.status != 503)
+                async for piece in leash.guard(sse.pieces(answer, watch, self.options.silence_s)):
+                    if response is None:
+                        self._first(passed, replica, leash)
+                        response = await _begin(request, answer)
+                    passed.chunks += 1
+                    await response.write(piece)
             if response is None:
                 raise _BrokenError(f"{replica} answered nothing")
             self._strikes.pop(replica, None)
@@ -282,15 +289,11 @@ class Front:
         except (aiohttp.ClientError, OSError, TimeoutError, KeyError) as error:
             if request.transport is None or request.transport.is_closing():
                 raise asyncio.CancelledError from error
-            if leash is not None and leash.call == "shed":
-                raise _ShedError(f"waited too long at {replica}: overload") from None
-            if leash is not None and leash.call == "resteer":
-                raise _BrokenError("called back", took=False, blame=False) from None
             if response is None:
                 raise _BrokenError(f"{replica}: {str(error) or type(error).__name__}") from error
             return await self._broke_off(passed, response, replica, error)
         finally:
-            self._left(passed, replica)
+            self._left(passed, replica, leash)
 
     async def _post(self, url: str, raw: bytes, headers: Mapping[str, str], stream: bool) -> aiohttp.ClientResponse:
         """Send it and wait for the answer's head: of a stream that comes at once, else with the whole answer."""
@@ -312,13 +315,13 @@ class Front:
 
     # -- accounts --------------------------------------------------------------------------------------------------------
 
-    def _first(self, passed: Passed, replica: str) -> None:
+    def _first(self, passed: Passed, replica: str, leash: Leash) -> None:
         passed.first_s = asyncio.get_running_loop().time()
-        self._waiting.let_go(replica, passed)
+        self._waiting.let_go(leash)
         self.router.first_token(replica, passed.prompt_tokens)
 
-    def _left(self, passed: Passed, replica: str) -> None:
-        self._waiting.let_go(replica, passed)
+    def _left(self, passed: Passed, replica: str, leash: Leash) -> None:
+        self._waiting.let_go(leash)
         (self.router.finished(replica) if passed.first_s is not None else self.router.abandoned(replica, passed.prompt_tokens))
         self.tally.at[replica] -= 1
         if not self.tally.at[replica]:

@@ -7,7 +7,7 @@ is sent; reports are bounded, so that nobody can fill the planner's memory; noth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, get_args
 
 from powerd_integrations.fleet.published import Group, Serving
@@ -25,12 +25,24 @@ class ReportError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Waited:
+    """Requests that one router sent to an instance and that have no first token."""
+
+    requests: int
+    prompt_tokens: int
+    oldest_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Arrivals:
     """What one router counted since its last report; ``sequence`` rises with every report of a router's life."""
 
     router: str
     sequence: int
     classes: Mapping[str, ClassLoad]
+    waiting: Mapping[str, Waited] = field(default_factory=dict)  # by instance, now
+    resteered: Mapping[str, int] = field(default_factory=dict)  # waiting requests called back from an instance, to another one
+    rejected: Mapping[str, int] = field(default_factory=dict)  # or told that they waited too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Observations:
         self._since_s = now_s
         self._arrived: dict[str, ClassLoad] = {}
         self._routers: dict[str, tuple[int, float]] = {}
+        self._waiting: dict[str, Mapping[str, Waited]] = {}  # by router, as it said last
         self._instances: dict[str, _Report] = {}
 
     def add_arrivals(self, report: Arrivals, now_s: float) -> bool:
@@ -58,8 +71,9 @@ class Observations:
         if last is not None and report.sequence <= last[0]:
             return False
         if last is None and len(self._routers) >= MAX_ROUTERS:
-            self._routers.pop(min(self._routers, key=lambda name: self._routers[name][1]))
+            self._drop_router(min(self._routers, key=lambda name: self._routers[name][1]))
         self._routers[report.router] = (report.sequence, now_s)
+        self._waiting[report.router] = report.waiting
         for name, load in report.classes.items():
             had = self._arrived.get(name, ClassLoad())
             self._arrived[name] = ClassLoad(
@@ -105,18 +119,34 @@ class Observations:
         """Return the fleet as a controller sees it, with what arrived since it was asked for last; the next window begins."""
         self._forget(now_s)
         instances = tuple(
-            replace(report.state, load=replace(report.state.load, age_s=max(0.0, now_s - report.measured_s)))
+            replace(report.state, load=replace(self._load(report.state, now_s), age_s=max(0.0, now_s - report.measured_s)))
             for _, report in sorted(self._instances.items())
         )
         window_s, arrived = now_s - self._since_s, self._arrived
         self.forget_arrivals(now_s)
         return FleetState(now_s, window_s, instances, {name: arrived.get(name, ClassLoad()) for name in NAMES}, gpus)
 
+    def _load(self, state: InstanceState, now_s: float) -> InstanceLoad:
+        """An instance's load with what engines do not tell and routers know: whose first token it owes."""
+        heard = [name for name, (_, at_s) in self._routers.items() if now_s - at_s <= self.gone_after_s]
+        rows = [row for name in heard if (row := self._waiting[name].get(state.id)) is not None]
+        if not rows or state.load.oldest_wait_s is not None:
+            return state.load
+        return replace(
+            state.load,
+            queued=max(state.load.queued, sum(row.requests for row in rows)),
+            queued_prompt_tokens=sum(row.prompt_tokens for row in rows),
+            oldest_wait_s=max(row.oldest_s for row in rows),
+        )
+
+    def _drop_router(self, name: str) -> None:
+        del self._routers[name], self._waiting[name]
+
     def _forget(self, now_s: float) -> None:
         for name in [name for name, report in self._instances.items() if now_s - report.heard_s > self.gone_after_s]:
             del self._instances[name]
         for name in [name for name, (_, at) in self._routers.items() if now_s - at > 3600.0]:
-            del self._routers[name]
+            self._drop_router(name)
 
 
 # --- what comes over the wire ---------------------------------------------------------------------------------------------------
@@ -133,7 +163,11 @@ def arrivals_from_json(document: Any) -> Arrivals:
         if unknown := set(counts) - {"requests", "prompt_tokens", "output_tokens"}:
             raise ReportError(f"{name}: unknown {sorted(unknown)[0]!r}")
         classes[name] = ClassLoad(**{key: _whole(value, f"{name}.{key}") for key, value in counts.items()})
-    return Arrivals(_text(body.get("router"), "router"), _whole(body.get("sequence"), "sequence"), classes)
+    return Arrivals(
+        _text(body.get("router"), "router"), _whole(body.get("sequence"), "sequence"), classes,
+        {_text(name, "waiting"): _waited(row) for name, row in _instances(body, "waiting").items()},
+        *({name: _whole(value, key) for name, value in _instances(body, key).items()} for key in ("resteered", "rejected")),
+    )  # fmt: skip
 
 
 def instances_from_json(document: Any) -> tuple[InstanceState, ...]:
@@ -149,6 +183,19 @@ def instance_to_json(state: InstanceState) -> dict[str, Any]:
     load = {name: getattr(state.load, name) for name in sorted(_LOAD_FIELDS)}
     names = ("id", "pool", "tp", "clock_mhz", "phase", "role", "ready_s")
     return {**{name: getattr(state, name) for name in names}, "load": load}
+
+
+def _instances(body: dict[str, Any], key: str) -> dict[str, Any]:
+    table = _table(body.get(key, {}), key)
+    if len(table) > MAX_INSTANCES:
+        raise ReportError(f"{key}: at most {MAX_INSTANCES} instances")
+    return table
+
+
+def _waited(row: Any) -> Waited:
+    body = _table(row, "waiting")
+    requests, prompt_tokens = (_whole(body.get(name), f"waiting.{name}") for name in ("requests", "prompt_tokens"))
+    return Waited(requests, prompt_tokens, _number(body.get("oldest_s"), "waiting.oldest_s"))
 
 
 def _instance(row: Any) -> InstanceState:

@@ -38,6 +38,8 @@ METRICS: Final = (
     Metric("powerd_fleet_failures_total", "counter", (), "Times that the controller failed"),
     Metric("powerd_fleet_held_ticks_total", "counter", (), "Rounds in which the last plan was held"),
     Metric("powerd_fleet_requests_total", "counter", ("request_class",), "Requests that routers reported, by class"),
+    Metric("powerd_fleet_resteered_total", "counter", (), "Waiting requests that routers sent elsewhere in an emergency"),
+    Metric("powerd_fleet_rejected_total", "counter", (), "Waiting requests that routers rejected in an emergency"),
 )
 
 _Sample = tuple[tuple[str, ...], float]
@@ -65,6 +67,8 @@ def samples(plan: PublishedPlan, figures: PlannerFigures) -> dict[str, list[_Sam
         "powerd_fleet_failures_total": one(figures.failures),
         "powerd_fleet_held_ticks_total": one(figures.held_ticks),
         "powerd_fleet_requests_total": [((name,), float(n)) for name, n in sorted(figures.requests.items())],
+        "powerd_fleet_resteered_total": one(figures.resteered),
+        "powerd_fleet_rejected_total": one(figures.rejected),
     }
 
 

@@ -20,6 +20,7 @@ from typing import Final
 from powerd_integrations.fleet import handover
 from powerd_integrations.fleet.observed import Arrivals, Observations
 from powerd_integrations.fleet.published import Group, PublishedPlan, Serving, Subscribers, write_plan
+from powerd_integrations.fleet.waiting import says
 from powerd_policies.dynamollm.fleet import FleetController, FleetEvent, FleetPlan, InstanceState
 
 log = logging.getLogger("powerd.fleet")
@@ -48,6 +49,8 @@ class PlannerFigures:
     held_ticks: int
     requests: Mapping[str, int]
     serving: Mapping[Group, int]
+    resteered: int  # waiting requests that routers sent elsewhere in an emergency
+    rejected: int  # or told that they waited too long
 
 
 class LivePlanner:
@@ -77,6 +80,8 @@ class LivePlanner:
         self._lock = threading.Lock()
         self._seen = Observations(now_s(), options.gone_after_s)
         self._requests: Counter[str] = Counter()
+        self._rescued: Counter[tuple[str, str]] = Counter()  # by what and where, since the last decision
+        self._rescues: Counter[str] = Counter()
         self._events: deque[FleetEvent] = deque(maxlen=KEPT_EVENTS)
         self._handover = handover.Handover()
         self._wanted: FleetPlan | None = None
@@ -98,6 +103,9 @@ class LivePlanner:
             counted = self._seen.add_arrivals(report, self._now_s())
             if counted:
                 self._requests.update({name: load.requests for name, load in report.classes.items()})
+                for what, counts in (("resteered", report.resteered), ("rejected", report.rejected)):
+                    self._rescued.update({(what, name): count for name, count in counts.items()})
+                    self._rescues[what] += sum(counts.values())
             return counted
 
     def add_instances(self, states: Iterable[InstanceState]) -> None:
@@ -131,6 +139,8 @@ class LivePlanner:
                 self._held_ticks,
                 dict(self._requests),
                 Counter(replica.group for replica in self._serving),
+                self._rescues["resteered"],
+                self._rescues["rejected"],
             )
 
     # --- the loop -------------------------------------------------------------------------------------------------------------
@@ -156,6 +166,7 @@ class LivePlanner:
             state = self._seen.state(now_s, self._options.limits.gpus) if due and (not held or new) else None
         if state is not None:
             self._last_try_s = now_s
+            self._note_rescued(now_s)
             begun_s = time.perf_counter()
             try:
                 self._take(self._controller.decide(state), now_s)
@@ -180,9 +191,10 @@ class LivePlanner:
         with self._lock:
             self._serving = serving
             self._held_ticks += bool(held)
+        blind = bool(held)
         if self._wanted is None:
             held = held or UNDECIDED
-        return self._publish(held or ("some instances' metrics are stale: nothing shrinks" if frozen else ""))
+        return self._publish(held or ("some instances' metrics are stale: nothing shrinks" if frozen else ""), blind=blind)
 
     def _why_held(self, now_s: float) -> str:
         age_s = self._seen.arrivals_age_s(now_s)
@@ -210,13 +222,23 @@ class LivePlanner:
                 log.info("event=%s subject=%s %s", event.kind, event.subject, event.detail)
                 self._events.append(event)
 
-    def _publish(self, held: str) -> PublishedPlan:
+    def _note_rescued(self, now_s: float) -> None:
+        """Say what routers did for instances in trouble; with every decision, so that events stay few."""
+        with self._lock:
+            done, self._rescued = self._rescued, Counter()
+        names = sorted({name for _, name in done})
+        said = [says(done["resteered", name], done["rejected", name]) for name in names]
+        self._note(FleetEvent(now_s, "emergency", name, text) for name, text in zip(names, said, strict=True))
+
+    def _publish(self, held: str, *, blind: bool) -> PublishedPlan:
         old, now = self._plan, self._handover
         wanted = self._wanted
         clocks = {} if wanted is None else {Group(want.pool, want.tp): want.clock_mhz for want in wanted.instances}
-        shed = {} if wanted is None else dict(wanted.shed)
-        same = (old.desired, old.routes, old.held, old.clocks_mhz, old.shed_after_s) == (
-            now.desired, now.routes, held, clocks, shed
+        # Nobody is withdrawn or rejected because of a load that is not known any more.
+        ladder = FleetPlan((), {}) if wanted is None or blind else wanted
+        shed, reordered, resteered = dict(ladder.shed), ladder.reordered, ladder.resteered
+        same = (old.desired, old.routes, old.held, old.clocks_mhz, old.shed_after_s, old.reordered, old.resteered) == (
+            now.desired, now.routes, held, clocks, shed, reordered, resteered
         )  # fmt: skip
         version = old.version if same else old.version + 1
         plan = PublishedPlan(
@@ -229,6 +251,8 @@ class LivePlanner:
             clocks,
             now.routes,
             shed,
+            reordered,
+            resteered,
             self._serving,
         )
         self._plan = plan

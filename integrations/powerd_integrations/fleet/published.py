@@ -53,6 +53,8 @@ class PublishedPlan:
     clocks_mhz: Mapping[Group, int] = field(default_factory=dict)  # that the controller counted with
     routes: Mapping[str, tuple[Group, ...]] = field(default_factory=dict)
     shed_after_s: Mapping[str, float] = field(default_factory=dict)  # by instance: who waits longer is rejected
+    reordered: frozenset[str] = frozenset()  # instances whose queue goes by deadline
+    resteered: frozenset[str] = frozenset()  # instances whose waiting requests go elsewhere
     serving: tuple[Serving, ...] = ()  # replicas that routers may use; does not raise the version
 
     def replicas(self, pool: str, tp: int) -> int | None:
@@ -79,6 +81,8 @@ def to_json(plan: PublishedPlan) -> dict[str, Any]:
         ],
         "routes": {name: [{"pool": g.pool, "tp": g.tp} for g in groups] for name, groups in sorted(plan.routes.items())},
         "shed_after_s": dict(sorted(plan.shed_after_s.items())),
+        "reordered": sorted(plan.reordered),
+        "resteered": sorted(plan.resteered),
         "serving": [{"id": r.id, "pool": r.group.pool, "tp": r.group.tp, "clock_mhz": r.clock_mhz} for r in plan.serving],
     }
 
@@ -103,6 +107,9 @@ def from_json(document: Any) -> PublishedPlan:
                 for name, groups in document["routes"].items()
             },
             shed_after_s={str(name): float(value) for name, value in document["shed_after_s"].items()},
+            # A planner of before this said neither.
+            reordered=frozenset(map(str, document.get("reordered", ()))),
+            resteered=frozenset(map(str, document.get("resteered", ()))),
             serving=tuple(
                 Serving(str(row["id"]), Group(str(row["pool"]), int(row["tp"])), int(row["clock_mhz"]))
                 for row in document["serving"]

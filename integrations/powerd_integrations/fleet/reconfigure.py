@@ -105,7 +105,7 @@ class Reconfigurer:
         return tuple(
             InstanceState(
                 r.id, r.want.pool, r.want.tp, r.want.clock_mhz, phases[r.phase], r.want.role,
-                load=self._load(r.handle) if self._load is not None else InstanceLoad(running=self._front.in_flight(r.id)),
+                load=self._load(r.handle) if self._load is not None else self._front.load(r.id),
             )
             for r in self.replicas.values()
         )  # fmt: skip
@@ -134,9 +134,8 @@ class Reconfigurer:
         A plan that comes while a change is under way sets clocks only; its shape counts when it is wanted again.
         """
         self.events.extend(plan.events)
-        moved, rejected = self._front.rescue(plan)
-        if moved or rejected:
-            self._note("emergency", "fleet", f"{moved} waiting requests are sent elsewhere, {rejected} are rejected")
+        for id_, done in self._front.rescue(plan):
+            self._note("emergency", id_, done)
         for want in plan.instances:
             replica = self.replicas.get(want.id or "")
             if replica is None or replica.phase is not Phase.SERVING:

@@ -11,11 +11,13 @@ import logging
 import threading
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, Final
 from urllib.parse import quote
 
-from powerd_integrations.fleet.observed import instance_to_json
+from powerd_integrations.fleet.observed import Waited, instance_to_json
 from powerd_policies.dynamollm.fleet import ClassLoad, InstanceState
 
 log = logging.getLogger("powerd.fleet")
@@ -58,7 +60,10 @@ class ArrivalCounter:
         self._router = router or f"router-{uuid.uuid4().hex[:12]}"
         self._lock = threading.Lock()
         self._counts: dict[str, ClassLoad] = {}
+        self._called_back: dict[str, Counter[str]] = {"resteered": Counter(), "rejected": Counter()}
         self._pending: dict[str, Any] | None = None
+        #: What waits at each instance now; asked for in the reporter's thread.
+        self.waiting: Callable[[], Mapping[str, Waited]] = dict
         self._sequence = 0
         self._loop = Periodic(self.report, period_s, "powerd-arrivals")
 
@@ -70,8 +75,14 @@ class ArrivalCounter:
                 had.requests + 1, had.prompt_tokens + prompt_tokens, had.output_tokens + output_tokens
             )
 
+    def called_back(self, instance: str, call: str) -> None:
+        """Count a waiting request that was called back from an instance: ``resteer`` or ``shed``."""
+        with self._lock:
+            self._called_back["resteered" if call == "resteer" else "rejected"][instance] += 1
+
     def report(self) -> bool:
         """Send what was counted, or what did not arrive the last time; also when it is nothing: no load is news too."""
+        waiting = {name: asdict(waits) for name, waits in self.waiting().items()}
         with self._lock:
             if self._pending is None:
                 self._sequence += 1
@@ -80,8 +91,9 @@ class ArrivalCounter:
                     for name, n in self._counts.items()
                 }
                 self._pending = {"router": self._router, "sequence": self._sequence, "classes": classes}
-                self._counts = {}
-            body = self._pending
+                self._pending |= {what: dict(counts) for what, counts in self._called_back.items()}
+                self._counts, self._called_back = {}, {what: Counter() for what in self._called_back}
+            body = self._pending = {**self._pending, "waiting": waiting}
         arrived = self._link.send("POST", "/v1/arrivals", body)
         if arrived:
             with self._lock:

@@ -54,7 +54,7 @@ class GroupSection:
     tp: int
     max_replicas: int
     min_replicas: int = 0
-    ttft_s: float = 0.0  # SLO of its clocks; 0: its class's, or the strictest of all where the pool is no class
+    ttft_s: float = 0.0  # SLO of its clocks; 0: its class's, or those of all classes where the pool is none
     tbt_s: float = 0.0
     targets: tuple[str, ...] = ()  # http://host:port/metrics, or dns://service:port for every address behind a name
 
@@ -87,6 +87,7 @@ class EngineSection:
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0
     max_ongoing_requests: int = 256
+    priorities: bool = False  # requests carry their deadline as their priority; the engine was started to go by it
     drain_s: float = 600.0
     health_check_s: float = 5.0
     num_cpus: float = 1.0  # that Ray reserves for a replica
@@ -122,11 +123,16 @@ class FleetSettings:
     policy: Mapping[str, Any] = field(default_factory=dict)  # options of planner.policy
     forecast: Mapping[str, Any] = field(default_factory=dict)  # options of its load predictor
 
-    def slo_of(self, row: GroupSection) -> Slo:
-        """Return what a group's replicas are held to."""
-        named = self.classes.slos.get(row.pool)
-        slos = [named] if named is not None else list(self.classes.slos.values())
-        return Slo(row.ttft_s or min(slo.ttft_s for slo in slos), row.tbt_s or min(slo.tbt_s for slo in slos))
+    def slo_of(self, row: GroupSection) -> tuple[Slo, dict[int, float]]:
+        """Return what a group's replicas are held to, and the TTFT of shorter prompts: prompt tokens, at most -> seconds.
+
+        A pool of a class keeps that class's SLO, any other the SLOs of all classes; ``ttft_s`` of its row is that of all prompts.
+        """
+        slo, shorter = self.classes.by_prompt()
+        if (named := self.classes.slos.get(row.pool)) is not None or row.ttft_s:
+            slo, shorter = named or slo, ()
+        classes = {each.max_prompt_tokens: each.ttft_s for each in shorter if each.max_prompt_tokens is not None}
+        return Slo(row.ttft_s or slo.ttft_s, row.tbt_s or slo.tbt_s), classes
 
     @property
     def bounds(self) -> dict[Group, tuple[int, int]]:
@@ -193,6 +199,9 @@ def _check(settings: FleetSettings, name: str) -> None:
         raise _bad(name, "[planner] wave_ratio: above 0, at most 1")
     if settings.engine.command and settings.engine.url:
         raise _bad(name, "[engine] has a command and a url: a replica starts its engine or uses one, not both")
+    if settings.engine.priorities and settings.engine.command and not any("priority" in word for word in settings.engine.command):
+        raise _bad(name, "[engine] priorities: the command starts an engine that does not go by them; vLLM's option is "
+                         "--scheduling-policy=priority")  # fmt: skip
 
 
 def _classes(document: Any, where: str) -> Classes:

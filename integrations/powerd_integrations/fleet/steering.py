@@ -18,6 +18,7 @@ from powerd_integrations.fleet.published import Group, PlanSource, PublishedPlan
 from powerd_integrations.fleet.reporter import ArrivalCounter
 from powerd_integrations.fleet.settings import FleetSettings
 from powerd_integrations.fleet.sizes import OutputSizes, prompt_tokens, wanted_tokens
+from powerd_integrations.fleet.waiting import CalledBackError, Waiting
 from powerd_policies.dynamollm.classes import NAMES
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetPlan, InstanceState
@@ -25,8 +26,12 @@ from powerd_policies.dynamollm.router import PromptTooLongError, Router
 
 log = logging.getLogger("powerd.fleet")
 POLL_S: Final = 0.05
+AT: Final = b"@"  # before a replica's name
+AVOID: Final = "x-powerd-avoid"  # header: replicas that a request shall not come to, with spaces between
+REFUSALS: Final = 20  # by replicas that a request avoids, until it goes where it comes to
 
-#: Sends a request to a replica of a group; yields the HTTP status as text, then the body as it comes.
+#: Sends a request to a replica of a group; yields ``@`` and who took it where that is known, the HTTP status as text, then the
+#: body as it comes.
 Send = Callable[[Group, str, dict[str, Any], Mapping[str, str]], AsyncIterator[bytes]]
 
 
@@ -35,7 +40,11 @@ class BrokenOffError(RuntimeError):
 
 
 class NobodyServesError(RuntimeError):
-    """Nobody serves the request's class, and it waited long enough."""
+    """Nobody serves the request's class, or in an emergency the one who should, and it waited long enough."""
+
+
+class AvoidedError(RuntimeError):
+    """A request came to a replica that it shall avoid."""
 
 
 @dataclass(slots=True)
@@ -48,10 +57,13 @@ class Ticket:
     request_class: str
     prompt: int
     output_size: int
-    arrived_s: float
+    arrived_s: float = 0.0  # on the loop's clock
     sent_text: list[str] = field(default_factory=list)
     sent_tokens: int = 0
     attempts: int = 0
+    moved: bool = False  # called back and sent elsewhere once, in an emergency
+    avoid: frozenset[str] = frozenset()  # then replicas in trouble
+    refusals: int = 0  # by replicas that it avoids
 
     @property
     def streams(self) -> bool:
@@ -70,6 +82,10 @@ class Steering:
         self._sizes = OutputSizes(settings.classes)
         self._groups: dict[str, Group] = {}
         self._seen: tuple[object, object] | None = None
+        self._decision: tuple[object, ...] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self.waiting = Waiting(self.router, counter.called_back)
+        counter.waiting = self.waiting.everywhere
         self.retries = 0
 
     def admit(self, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> Ticket:
@@ -80,8 +96,10 @@ class Steering:
         if size is None:
             raise PromptTooLongError(f"a prompt of {prompt} tokens; the longest is {classes.context_limit}")
         output = self._sizes.predict(size, wanted_tokens(body))
-        ticket = Ticket(path, body, headers, NAMES[3 * size + classes.size_of_output(output)], prompt,
-                        classes.size_of_output(output), time.monotonic())  # fmt: skip
+        name = NAMES[3 * size + classes.size_of_output(output)]
+        if self._settings.engine.priorities:
+            body = {**body, "priority": round(1000 * (time.time() + classes.slos[name].ttft_s))}  # its deadline: lowest first
+        ticket = Ticket(path, body, headers, name, prompt, classes.size_of_output(output))
         self._counter.count(ticket.request_class, prompt, output)
         return ticket
 
@@ -90,7 +108,7 @@ class Steering:
 
         Raises ``NobodyServesError``, and ``BrokenOffError`` when every attempt failed.
         """
-        began = False
+        began, ticket.arrived_s = False, asyncio.get_running_loop().time()
         while True:
             instance, group = await self._place(ticket)
             ticket.attempts += 1
@@ -103,6 +121,17 @@ class Steering:
                     elif not part.isdigit():
                         yield part
                 return
+            except CalledBackError as error:
+                if error.call == "shed":
+                    raise NobodyServesError(str(error)) from None
+                ticket.moved, ticket.avoid = True, self.waiting.troubled
+                ticket.attempts -= 1
+            except AvoidedError:
+                ticket.attempts -= 1
+                ticket.refusals += 1
+                if ticket.refusals >= REFUSALS:
+                    ticket.avoid = frozenset()
+                await asyncio.sleep(POLL_S)
             except BrokenOffError as error:
                 if ticket.attempts >= self._settings.service.attempts or not _can_go_on(ticket):
                     raise
@@ -120,16 +149,31 @@ class Steering:
         if not ticket.sent_text:
             ticket.sent_tokens = 0  # none of them was text yet: the client will not see any twice
         body, headers = _rest_of(ticket)
-        first, whole, before = True, False, ticket.sent_tokens
+        first, told, whole, before = True, False, False, ticket.sent_tokens
         answer = self._send(group, ticket.path, body, headers)
+        # Of an answer that comes whole nobody knows whether it has begun, and one that goes on has.
+        waits = ticket.streams and not ticket.sent_text
+        leash = self.waiting.hold(instance, ticket.arrived_s, ticket.prompt, ticket.output_size, moved=ticket.moved, waits=waits)
+        parts = leash.guard(answer)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().create_task(self._look())
         try:
-            status = await _first(answer)
+            status = await _first(parts)
+            if status.startswith(AT):  # Serve chose among the group's replicas: this one it is
+                taken = status.removeprefix(AT).decode()
+                if taken in ticket.avoid:
+                    raise AvoidedError(taken)
+                self.waiting.move(leash, taken)
+                status = await _first(parts)
             if ticket.streams and status == b"200":
-                yield status
-                async for event in _events(answer):
+                async for event in _events(parts):
                     said = sse.read(event)
                     if said.error is not None and not said.error.refused:
                         raise BrokenOffError(said.error.message)
+                    if not told:  # an answer that has not begun can still be a refusal
+                        self.waiting.let_go(leash)
+                        told = True
+                        yield status
                     if said.counts:
                         ticket.sent_tokens = ticket.sent_tokens + 1 if said.tokens is None else before + said.tokens
                         if first:
@@ -144,20 +188,22 @@ class Steering:
                 if not whole:
                     raise BrokenOffError("the stream ended in the middle")
             else:
-                parts = [part async for part in answer]
+                rest = [part async for part in parts]
                 whole = True
                 yield status
-                yield b"".join(parts)
+                yield b"".join(rest)
             self._sizes.learn(ticket.prompt, ticket.sent_tokens)
-        except (asyncio.CancelledError, GeneratorExit, BrokenOffError):
+        except (asyncio.CancelledError, GeneratorExit, BrokenOffError, CalledBackError, AvoidedError):
             raise
         except Exception as error:  # whatever carries requests has errors of its own: Ray's, a socket's
             raise BrokenOffError(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}") from None
         finally:
+            self.waiting.let_go(leash)
             if first:
                 self.router.abandoned(instance, ticket.prompt)
             else:
                 self.router.finished(instance)
+            await parts.aclose()
             close = getattr(answer, "aclose", None)
             if close is not None:
                 await close()
@@ -167,7 +213,7 @@ class Steering:
         end_s = time.monotonic() + self._settings.service.queue_timeout_s
         while True:
             self._refresh()
-            instance = self.router.route(ticket.prompt, ticket.output_size)
+            instance = self.router.route(ticket.prompt, ticket.output_size, ticket.avoid)
             if instance is not None:
                 return instance, self._groups[instance]
             if time.monotonic() >= end_s:
@@ -175,13 +221,30 @@ class Steering:
                 raise NobodyServesError(f"nobody serves requests of class {ticket.request_class} after {waited}")
             await asyncio.sleep(POLL_S)
 
+    async def _look(self) -> None:
+        """See what the plan says while requests wait, also when no other comes."""
+        while not self.waiting.empty:
+            self._refresh()
+            await asyncio.sleep(POLL_S)
+
     def _refresh(self) -> None:
         plan = self._source.plan()
-        if plan is None or (seen := (plan.routes, plan.serving)) == self._seen:
+        if plan is None:
+            return
+        self._obey(plan)
+        if (seen := (plan.routes, plan.serving)) == self._seen:
             return
         self._seen = seen
         self._groups = {replica.id: replica.group for replica in plan.serving}
         self.router.update(*self._as_instances(plan))
+
+    def _obey(self, plan: PublishedPlan) -> None:
+        """Do what each decision wants of waiting requests, once; a planner that is away wants nothing any more."""
+        fresh = plan.age_s() <= self._settings.service.stale_after_s
+        decision = (plan.decided_unix_s, plan.resteered, plan.shed_after_s) if fresh else ()
+        if decision != self._decision:
+            self._decision = decision
+            self.waiting.obey(plan.resteered if fresh else (), plan.shed_after_s if fresh else {})
 
     def _as_instances(self, plan: PublishedPlan) -> tuple[FleetPlan, list[InstanceState]]:
         """The router's own words: a group is a pool to it, and a clock is one that the model has figures for."""
@@ -205,7 +268,8 @@ def _rest_of(ticket: Ticket) -> tuple[dict[str, Any], Mapping[str, str]]:
     """What is left to ask for: the prompt with what was answered already, and as many tokens fewer."""
     done = ticket.sent_tokens
     if not done:
-        return ticket.body, ticket.headers
+        avoid = {AVOID: " ".join(sorted(ticket.avoid))} if ticket.avoid else {}
+        return ticket.body, {**ticket.headers, **avoid}
     body = {**ticket.body, "prompt": ticket.body["prompt"] + "".join(ticket.sent_text)}
     if "max_tokens" in body:
         body["max_tokens"] = max(1, int(body["max_tokens"]) - done)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from powerd_policies.dynamollm.classes import NAMES
 from powerd_policies.dynamollm.fleet import ClassLoad
 
 Outcome = Literal["answered", "failed", "rejected", "cancelled"]
@@ -33,10 +34,15 @@ class Passed:
     outcome: Outcome | None = None
     replica: str = ""
     attempts: int = 0
-    moved: bool = False  # called back once, in an emergency
+    moved: bool = False  # called back and sent elsewhere once, in an emergency
     first_s: float | None = None
     ended_s: float | None = None
     chunks: int = 0
+
+    @property
+    def output_size(self) -> int:
+        """0, 1 or 2 for a short, medium or long answer, as predicted; of a request that has a class."""
+        return NAMES.index(self.request_class or "") % 3
 
 
 @dataclass(slots=True)
@@ -48,6 +54,8 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     by_class: Counter[str] = field(default_factory=Counter)
     at: Counter[str] = field(default_factory=Counter)  # in flight at a replica
+    called_back: Counter[str] = field(default_factory=Counter)  # waiting requests that an emergency resteered or shed
+    _rescued: Counter[tuple[str, str]] = field(default_factory=Counter)
     _arrived: dict[str, ClassLoad] = field(default_factory=dict)
 
     @property
@@ -77,6 +85,16 @@ class Tally:
             request.outcome, request.ended_s = outcome, now_s
             self.outcomes[outcome] += 1
 
+    def called(self, replica: str, call: str) -> None:
+        """A waiting request was called back from a replica."""
+        self.called_back[call] += 1
+        self._rescued[replica, call] += 1
+
+    def take_rescued(self) -> dict[str, tuple[int, int]]:
+        """By replica, how many waiting requests were sent elsewhere and how many rejected since the last call."""
+        found, self._rescued = self._rescued, Counter()
+        return {name: (found[name, "resteer"], found[name, "shed"]) for name in sorted({name for name, _ in found})}
+
     def take_arrivals(self) -> Mapping[str, ClassLoad]:
         """Arrivals by class since the last call: what a planner's window is fed with."""
         found, self._arrived = self._arrived, {}
@@ -91,6 +109,9 @@ class Tally:
             *(f'powerd_front_arrivals_total{{class="{name}"}} {count}' for name, count in sorted(self.by_class.items())),
             "# HELP powerd_front_retries_total Requests sent to another replica.", "# TYPE powerd_front_retries_total counter",
             f"powerd_front_retries_total {self.retried}",
+            "# HELP powerd_front_called_back_total Waiting requests that an emergency sent elsewhere or rejected.",
+            "# TYPE powerd_front_called_back_total counter",
+            *(f'powerd_front_called_back_total{{step="{step}"}} {self.called_back[step]}' for step in ("resteer", "shed")),
             "# HELP powerd_front_in_flight Requests in flight, by replica.", "# TYPE powerd_front_in_flight gauge",
             *(f'powerd_front_in_flight{{replica="{name}"}} {count}' for name, count in sorted(self.at.items()) if count),
         ]  # fmt: skip

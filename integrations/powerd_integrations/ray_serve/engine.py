@@ -21,6 +21,7 @@ from typing import Any, Final
 from powerd_integrations.fleet import scrape
 from powerd_integrations.fleet.reporter import InstanceReporter, PlannerLink
 from powerd_integrations.fleet.settings import FleetSettings, GroupSection
+from powerd_integrations.fleet.steering import AT, AVOID
 from powerd_integrations.ray_serve.node import NodeLease
 from powerd_policies.dynamollm.fleet import InstanceLoad, InstanceState, Phase
 
@@ -56,17 +57,21 @@ class EngineReplica:
     # --- what Serve calls -----------------------------------------------------------------------------------------------------
 
     async def generate(self, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> AsyncIterator[bytes]:
-        """Yield the engine's answer as it comes; EngineError when it breaks off, so that somebody else is asked."""
+        """Yield who answers, then the answer as it comes; EngineError when it breaks off, so that somebody else is asked."""
         import aiohttp
 
+        yield AT + self.id.encode()
+        if self.id in headers.get(AVOID, "").split():
+            return
         if path not in PATHS:
             raise EngineError(f"no {path}; there are {', '.join(PATHS)}")
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._settings.engine.request_timeout_s)
             # vLLM closes a connection that was idle for 5 s; a request that is sent at that moment would be taken for a failure.
             self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        passed = {name: value for name, value in headers.items() if name != AVOID}
         try:
-            async with self._session.post(self._url + path, json=body, headers=dict(headers)) as answer:
+            async with self._session.post(self._url + path, json=body, headers=passed) as answer:
                 if answer.status >= 500:
                     raise EngineError(f"{self.id} answered {answer.status}: {(await answer.text())[:200]}")
                 yield b"%d" % answer.status

@@ -29,11 +29,11 @@ class NodeLease:
         if not settings.service.powerd:
             return
         self._client = Client(settings.service.powerd_socket or None, on_error="log")
-        slo = settings.slo_of(row)
+        slo, classes = settings.slo_of(row)
         try:
             self._replica = self._client.register_replica(
-                name, pool=row.pool, metrics_url=metrics_url, ttft_s=slo.ttft_s, tbt_s=slo.tbt_s, tp=row.tp,
-                profile=settings.engine.profile or None,
+                name, pool=row.pool, metrics_url=metrics_url, ttft_s=slo.ttft_s, tbt_s=slo.tbt_s, classes=classes,
+                tp=row.tp, profile=settings.engine.profile or None,
             )  # fmt: skip
         except PowerdError as error:
             log.warning("this node's powerd holds no clock for %s, it runs at full clock: %s", name, error)

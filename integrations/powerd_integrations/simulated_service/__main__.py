@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ttft", default="1.5,1.5,4", metavar="S,M,L", help="SLO of short, medium and long prompts, seconds")
     parser.add_argument("--tbt", type=float, default=0.15, help="SLO between tokens, seconds")
     parser.add_argument("--model", default="llama2-70b_h100")
-    parser.add_argument("--clocks", default="plan", choices=["plan", "daemon"], help="who decides the clocks of dynamollm")
+    parser.add_argument(
+        "--clocks", default="plan", choices=["plan", "daemon", "daemon-strictest"], help="who decides the clocks of dynamollm"
+    )
     parser.add_argument("--ask", action="store_true", help="say ready, and begin when a line on stdin says so")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)

@@ -63,7 +63,7 @@ class InProcess:
             if running.stop.is_set():
                 hardware.close()
                 return
-            options = Options(self.model, tp, chunk_tokens=self.chunk_tokens, keep_gaps=True)
+            options = Options(self.model, tp, chunk_tokens=self.chunk_tokens, keep_gaps=True, by_priority=True)
             async with Engine(options, hardware) as engine:
                 running.engine = engine
                 async with Server(engine, port=port, stream_interval=self.stream_interval):

@@ -19,9 +19,10 @@ from powerd_integrations.fleet.front import Front, FrontOptions
 from powerd_integrations.fleet.reconfigure import Reconfigurer, Times
 from powerd_integrations.simulated_service.replicas import InProcess
 from powerd_integrations.simulated_service.requests import Planned, Seen, replay
-from powerd_policies.dynamollm.classes import Classes
+from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import FleetController, FleetState
+from powerd_policies.dynamollm.router import Router
 
 Say = Callable[..., None]
 SAMPLE_S = 5.0
@@ -56,14 +57,17 @@ class Served:
 async def serve(
     controller: FleetController, setting: Setting, launcher: InProcess, client: Client, say: Say, *, hold: str
 ) -> Served:
-    """Serve the whole trace; ``hold``: plan (leases), daemon (its instance manager) or nothing sets clocks."""
+    """Serve the whole trace; ``hold``: plan (leases), daemon (its instance manager) or nothing sets clocks.
+
+    daemon-strictest: the instance manager again, told that all prompts are promised the shortest ones' TTFT.
+    """
     import aiohttp
 
     loop = asyncio.get_running_loop()
     clocks = _clocks(hold, client, setting)
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        front = await stack.enter_async_context(Front(setting.model, FrontOptions(), predict=setting.predict))
+        front = await stack.enter_async_context(_front(setting))
         times = Times(start_s=10 * setting.start_s + 10, drain_s=600, stop_s=60, probe_s=0.5)
         fleet = Reconfigurer(launcher, front, clocks=clocks, times=times, load=launcher.load)
         fleet.now_s = lambda: 0.0
@@ -100,6 +104,12 @@ async def serve(
     return Served(controller.name, seconds, window.energy_j, low, high, dict(tally.outcomes), tally.retried, events, seen)
 
 
+def _front(setting: Setting) -> Front:
+    """Routes by the SLOs that are promised here, to engines that serve the earliest deadline first, under every policy."""
+    router = Router(setting.model, setting.classes)
+    return Front(setting.model, FrontOptions(priorities=True), router=router, predict=setting.predict)
+
+
 def _sum(values: Any) -> float | None:
     found = list(values)
     return None if not found or None in found else float(sum(found))
@@ -108,10 +118,12 @@ def _sum(values: Any) -> float | None:
 def _clocks(hold: str, client: Client, setting: Setting) -> Clocks | None:
     if hold == "plan":
         return LeaseClocks(client)
+    slo, classes = setting.classes.by_prompt()
     if hold == "daemon":
-        slos = setting.classes.slos.values()
-        strictest = min(slos, key=lambda slo: (slo.ttft_s, slo.tbt_s))
-        return ReplicaClocks(client, setting.model.name, {}, strictest)
+        return ReplicaClocks(client, setting.model.name, {}, slo, classes)
+    if hold == "daemon-strictest":
+        strictest_s = min(each.ttft_s for each in setting.classes.slos.values())
+        return ReplicaClocks(client, setting.model.name, {}, Slo(strictest_s, slo.tbt_s))
     return None
 
 

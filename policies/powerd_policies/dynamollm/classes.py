@@ -22,6 +22,14 @@ class Slo:
     tbt_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class PromptSlo:
+    """What prompts of at most so many tokens are promised, which are too long for the class before; None: of any length."""
+
+    max_prompt_tokens: int | None
+    ttft_s: float
+
+
 def _default_slos() -> dict[str, Slo]:
     ttft_s = {"S": 0.25, "M": 0.4, "L": 2.0}
     return {name: Slo(ttft_s[name[0]], 0.1) for name in NAMES}
@@ -52,6 +60,20 @@ class Classes:
         """Return the class's name, such as ``ML``; None for a prompt beyond the context limit."""
         at = self.index(prompt_tokens, output_tokens)
         return None if at is None else NAMES[at]
+
+    def by_prompt(self) -> tuple[Slo, tuple[PromptSlo, ...]]:
+        """Return what an instance that serves all classes promises: the SLO of the longest prompts, and shorter ones' TTFTs.
+
+        Classes that differ in their answers only, which nobody knows beforehand, get the strictest of theirs; so do prompts that
+        are shorter than those of a stricter class. TBT is one: all requests of an instance share its iterations.
+        """
+        ttfts_s = [min(slo.ttft_s for name, slo in self.slos.items() if name[0] == size) for size in SIZES]
+        ttfts_s = [min(ttfts_s[n:]) for n in range(len(SIZES))]
+        shorter = [
+            PromptSlo(bound - 1, ttft_s) for n, (bound, ttft_s) in enumerate(zip(self.prompt_bounds[:-1], ttfts_s, strict=False))
+            if ttft_s < ttfts_s[n + 1]
+        ]  # fmt: skip
+        return Slo(ttfts_s[-1], min(slo.tbt_s for slo in self.slos.values())), tuple(shorter)
 
     @property
     def context_limit(self) -> int:

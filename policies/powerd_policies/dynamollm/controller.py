@@ -17,7 +17,7 @@ from powerd_policies.dynamollm.classes import Slo
 from powerd_policies.dynamollm.clocks import Clocks, parts_of, promised
 from powerd_policies.dynamollm.cluster import ClusterController, Pools, needs
 from powerd_policies.dynamollm.emergency import Emergencies, Measures, slack_of
-from powerd_policies.dynamollm.fleet import ClassLoad, FleetEvent, FleetPlan, FleetState
+from powerd_policies.dynamollm.fleet import ClassLoad, FleetEvent, FleetPlan, FleetState, InstanceState
 from powerd_policies.dynamollm.fragments import PARTITIONS, routes
 from powerd_policies.dynamollm.gate import Gate, reshard_j
 from powerd_policies.dynamollm.knobs import Knobs
@@ -280,13 +280,20 @@ class Fleet:
             return Measures()
         slacks, slos = {}, self._promises(state)
         for i in state.instances:
-            at = self.capacity.model.table.get((i.tp, i.clock_mhz))
-            if i.phase == "serving" and at is not None:
+            if i.phase == "serving" and (clock_mhz := self._known_clock_mhz(i)) is not None:
                 slo = slos[i.pool]
-                slacks[i.id] = (slack_of(i.load, at, slo), slo.ttft_s)
+                slacks[i.id] = (slack_of(i.load, self.capacity.model.table[i.tp, clock_mhz], slo), slo.ttft_s)
         measures = self.emergencies.update(state.now_s, slacks)
         events.extend(measures.events)
         return measures
+
+    def _known_clock_mhz(self, instance: InstanceState) -> int | None:
+        """The clock with figures that an instance runs at, or the next one below; an unknown clock (0) is a full one."""
+        if (instance.tp, instance.clock_mhz) in self.capacity.model.table:
+            return instance.clock_mhz
+        if not (clocks := self.capacity.model.clocks_mhz(instance.tp)):
+            return None
+        return next((clock for clock in clocks if 0 < clock <= instance.clock_mhz), clocks[-1 if instance.clock_mhz else 0])
 
 
 def _larger(one: Rate, other: Rate) -> Rate:

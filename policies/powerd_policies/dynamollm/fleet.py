@@ -38,6 +38,7 @@ class InstanceLoad:
     ttft_p99_s: float | None = None
     tbt_p99_s: float | None = None
     age_s: float = 0.0  # how old this is
+    prompt_bands: tuple[tuple[float, float, float], ...] | None = None  # lengths seen lately: (share, over, up to) tokens
 
 
 @dataclass(frozen=True, slots=True)

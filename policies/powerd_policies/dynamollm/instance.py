@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from powerd_policies.dynamollm.caution import missed
-from powerd_policies.dynamollm.classes import Slo
+from powerd_policies.dynamollm.classes import PromptSlo, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import InstanceLoad
+from powerd_policies.dynamollm.waits import CV2, MARGIN, Promised, Queue, mean_tokens, promised, spread
 
 KV_PRESSURE: Final = 0.9  # of the KV memory: from here on requests are about to wait for memory
-CV2: Final = (
-    1.5  # squared coefficient of variation of prompts: that of the published conversation trace is 1.1, of the coding one 0.9
-)
-MARGIN: Final = 0.95  # of the TTFT is planned for
+NOISE: Final = 1.0  # standard deviations of what arrives in the memory are expected on top of its mean
 NEAR: Final = 0.97  # of the TBT: gaps seen above make the controller careful ...
 CAUTION: Final = 0.05  # ... by at most this share of it
 MISSED: Final = 0.25  # and by at most this share where gaps were above it: the model is wrong by as much
@@ -53,9 +51,22 @@ class _Step:
     idle_w: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """What is to be expected of prompts, and who is promised what."""
+
+    classes: tuple[Promised, ...]
+    tokens_per_s: float
+    mean_tokens: float  # of one prompt
+    cv2: float
+    ahead_tokens: float  # that wait already
+
+
 class InstanceController:
     """Holds one instance at the clock of least power that keeps ``slo`` for what runs, waits and is to come within a period.
 
+    ``classes``, the shortest prompts first, have TTFTs of their own: that of ``slo`` is then that of all longer ones. Each class
+    is judged by the lengths that the load tells of it, or all by the strictest TTFT where it tells none. Infinite: no promise.
     ``peers`` instances share the arrivals by load, this one among them: the more there are, the less one has to keep in hand.
     ``share_late`` of the requests may miss their TTFT. ``backs_off``: gaps measured above the promise mean the highest clock,
     whatever the model says. ``floor_mhz`` is what the pool above asks for at least, ``ceiling_mhz`` what a watt budget allows at
@@ -69,6 +80,7 @@ class InstanceController:
         tp: int,
         slo: Slo,
         *,
+        classes: Sequence[PromptSlo] = (),
         chunk_tokens: int = 512,
         clocks_mhz: Sequence[int] | None = None,
         peers: int = 1,
@@ -88,6 +100,9 @@ class InstanceController:
                 f"the model {model.name} on {model.gpu} holds no clock for tensor parallelism {tp}: it holds {model.tps}"
             )
         self.tp, self.slo, self.chunk_tokens, self.peers = tp, slo, chunk_tokens, peers
+        self._classes = (*classes, PromptSlo(None, slo.ttft_s)) if math.isfinite(slo.ttft_s) else ()
+        self._strictest_s = min((each.ttft_s for each in self._classes), default=math.inf)
+        self._unknown = tuple(Promised(each.ttft_s, ((1.0, 1.0),)) for each in self._classes)  # whose lengths are not known
         self.share_late, self.prompt_tokens = share_late, prompt_tokens
         self.period_s, self.dwell_s, self.memory_s, self.stale_s = period_s, dwell_s, memory_s, stale_s
         self.parking, self.scaling, self.backs_off = parking, scaling, backs_off
@@ -147,7 +162,9 @@ class InstanceController:
             if not self.parking:
                 return self._steps[0].clock_mhz, "nothing to do"
             return self._park_mhz, "parked: nothing to do"
-        return self._cheapest(load, rate, prompt, output)
+        if not self._classes and load.queued > load.running:  # no TTFT is promised, but neither shall a queue grow for ever
+            return self.max_mhz, "more requests wait than run"
+        return self._cheapest(now_s, load, rate, prompt, output)
 
     def _remember(self, now_s: float, load: InstanceLoad) -> tuple[float, float, float]:
         """Return the highest rates of requests, prompt and output tokens within the memory; what is not known is guessed high."""
@@ -162,15 +179,13 @@ class InstanceController:
             self._recent.popleft()
         return (max(r[1] for r in self._recent), max(r[2] for r in self._recent), max(r[3] for r in self._recent))
 
-    def _cheapest(self, load: InstanceLoad, rate: float, prompt: float, output: float) -> tuple[int, str]:
+    def _cheapest(self, now_s: float, load: InstanceLoad, rate: float, prompt: float, output: float) -> tuple[int, str]:
         """Return the feasible clock of least modelled power."""
         slo, chunk = self.slo, self.chunk_tokens
-        ahead = load.queued_prompt_tokens
-        tokens = float(load.queued * self.prompt_tokens if ahead is None else ahead)
+        coming = self._coming(now_s, load, rate, prompt)
         waited_s = load.oldest_wait_s or 0.0
         batch = load.running + load.queued + GROWTH * math.sqrt(rate * self.period_s)
         floor = self.floor_mhz
-        mean = prompt / rate if rate > 0 else self.prompt_tokens
         limit_s = (TBT_MARGIN - self._learn(load)) * slo.tbt_s
         best, best_w, lacks = None, math.inf, "TBT"
         for step in self._steps:
@@ -181,14 +196,15 @@ class InstanceController:
                 lacks = "TBT"
                 continue
             token_s = full_s / room
-            if waited_s + tokens * token_s > MARGIN * slo.ttft_s:
+            if waited_s + coming.ahead_tokens * token_s > MARGIN * self._strictest_s:
                 lacks = "TTFT of what waits"
                 continue
             if floor is not None:  # what is to come is the pool's business, which sees all of it
                 if step.clock_mhz >= floor:
                     return step.clock_mhz, "the pool's clock" if step.clock_mhz == floor else "more than the pool's clock"
                 continue
-            if not _keeps(prompt * token_s, mean * token_s, slo.ttft_s * MARGIN - full_s, self.peers, self.share_late):
+            queue = Queue(coming.tokens_per_s * token_s, coming.mean_tokens * token_s, self.peers, coming.cv2)
+            if any(each.late(queue, room, full_s, decode_s) > self.share_late for each in coming.classes):
                 lacks = "TTFT"
                 continue
             power_w = _power_w(step, prompt, output, load.running)
@@ -197,6 +213,30 @@ class InstanceController:
         if best is None:
             return self.max_mhz, f"no clock keeps {lacks}"
         return best.clock_mhz, "least power that keeps TTFT and TBT"
+
+    def _coming(self, now_s: float, load: InstanceLoad, rate: float, prompt: float) -> _Coming:
+        """Return what is to be expected of prompts, ``rate`` and ``prompt`` being the highest rates within the memory.
+
+        To take the highest rate of a few seconds for that of all times asks for more than is needed, but who does not know how
+        long prompts are has no better guard. Who knows expects the mean of the memory, and what chance may add to it.
+        """
+        bands, ahead = load.prompt_bands, load.queued_prompt_tokens
+        if not bands:
+            waits = load.queued * self.prompt_tokens if ahead is None else ahead
+            mean = prompt / rate if rate > 0 else self.prompt_tokens
+            return _Coming(self._unknown, prompt, mean, CV2, float(waits))
+        seen = len(self._recent)
+        rate, prompt = sum(r[1] for r in self._recent) / seen, sum(r[2] for r in self._recent) / seen
+        requests = max(1.0, rate * (now_s - self._recent[0][0]))
+        cv2, mean = spread(bands), prompt / rate if rate > 0 else self.prompt_tokens
+        if ahead is None:  # those that wait and one that is in prefill, as long as prompts are now
+            _, rate_now, prompt_now, _ = self._recent[-1]
+            ordinary = max(mean_tokens(bands), prompt_now / rate_now if rate_now > 0 else 0.0)
+            waits = (load.queued + 1) * ordinary if load.queued else 0.0
+        else:
+            waits = ahead
+        more = NOISE * math.sqrt((1.0 + cv2) / requests)
+        return _Coming(promised(self._classes, bands), prompt * (1.0 + more), mean, cv2, float(waits))
 
     def _learn(self, load: InstanceLoad) -> float:
         """Return the share of the TBT that is kept back: more when gaps were seen close to it, forgotten slowly."""
@@ -210,13 +250,23 @@ class InstanceController:
         return self._caution
 
     def _parking_mhz(self) -> int:
-        """The lowest clock at which a lone request of ordinary length, arriving while parked, keeps its SLO."""
+        """The lowest clock at which a lone request of ordinary length, of each class, that arrives while parked keeps its SLO."""
         for step in self._steps:
-            rounds = math.ceil(self.prompt_tokens / self.chunk_tokens)
             full_s = step.alone_s + step.prefill_token_s * self.chunk_tokens
-            if rounds * full_s <= MARGIN * self.slo.ttft_s and step.fixed_s + step.request_s <= MARGIN * self.slo.tbt_s:
+            rounds = [(ttft_s, math.ceil(tokens / self.chunk_tokens)) for ttft_s, tokens in self._lone()]
+            in_time = all(count * full_s <= MARGIN * ttft_s for ttft_s, count in rounds)
+            if in_time and step.fixed_s + step.request_s <= MARGIN * self.slo.tbt_s:
                 return step.clock_mhz
         return self.max_mhz
+
+    def _lone(self) -> list[tuple[float, float]]:
+        """(TTFT, tokens) of one prompt of each class, as near to an ordinary one as the class allows."""
+        found, over = [], 0
+        for each in self._classes:
+            upto = math.inf if each.max_prompt_tokens is None else each.max_prompt_tokens
+            found.append((each.ttft_s, min(max(over + 1, self.prompt_tokens), upto)))
+            over = each.max_prompt_tokens or 0
+        return found
 
 
 def _impossible(load: InstanceLoad) -> bool:
@@ -230,17 +280,6 @@ def _step(model: EngineModel, tp: int, clock_mhz: int) -> _Step:
     c = model.table[tp, clock_mhz]
     times = (c.prefill_token_s, c.decode_fixed_s, max(c.prefill_fixed_s, c.decode_fixed_s), c.decode_request_s)
     return _Step(clock_mhz, *times, c.prefill_w, c.decode_w, c.decode_log2_w, c.idle_w)
-
-
-def _keeps(busy: float, service_s: float, left_s: float, peers: int, share_late: float) -> bool:
-    """Whether at most ``share_late`` of prompts wait longer than ``left_s``: a queue of ``peers`` servers (Sakasegawa's form)."""
-    if left_s <= 0 or busy >= 1:
-        return False
-    if busy <= 0:
-        return True
-    waits = busy ** (math.sqrt(2.0 * (peers + 1)) - 1.0)
-    scale_s = service_s * (1.0 + CV2) / (2.0 * peers * (1.0 - busy))
-    return bool(waits * math.exp(-left_s / scale_s) <= share_late)
 
 
 def _power_w(step: _Step, prompt: float, output: float, running: int) -> float:

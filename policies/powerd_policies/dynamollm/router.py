@@ -13,7 +13,7 @@ the request's own: as many iterations as its chunks need beside the ``b`` reques
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -93,22 +93,31 @@ class Router:
             self._counted = counted
             self._table = table
 
-    def route(self, prompt_tokens: int, predicted_output: int) -> str | None:
+    def route(self, prompt_tokens: int, predicted_output: int, avoid: Collection[str] = ()) -> str | None:
         """Return the instance that takes a request and count it there; None: nobody serves its route, it waits.
 
-        ``predicted_output`` is a size: 0, 1 or 2 for short, medium and long. Raises ``PromptTooLongError``.
+        ``predicted_output`` is a size: 0, 1 or 2 for short, medium and long; instances of ``avoid`` take it only where nobody
+        else of its route can. Raises ``PromptTooLongError``.
         """
-        size = self.classes.size_of_prompt(prompt_tokens)
-        if size is None:
-            raise PromptTooLongError(f"a prompt of {prompt_tokens} tokens; the longest is {self.classes.context_limit}")
-        index = 3 * size + predicted_output
+        index = self._index(prompt_tokens, predicted_output)
         with self._lock:
-            chosen = self._choose(self._table[index], prompt_tokens, self._ttfts_s[index])
+            pools = self._table[index]
+            chosen = self._choose(_without(pools, avoid) or pools, prompt_tokens, self._ttfts_s[index])
             if chosen is None:
                 return None
             chosen.counted.prompt_tokens += prompt_tokens
             chosen.counted.requests += 1
             return chosen.id
+
+    def has_other(self, prompt_tokens: int, predicted_output: int, avoid: Collection[str]) -> bool:
+        """Return whether somebody who is not in ``avoid`` serves a request's route; raises ``PromptTooLongError``."""
+        return bool(_without(self._table[self._index(prompt_tokens, predicted_output)], avoid))
+
+    def _index(self, prompt_tokens: int, predicted_output: int) -> int:
+        size = self.classes.size_of_prompt(prompt_tokens)
+        if size is None:
+            raise PromptTooLongError(f"a prompt of {prompt_tokens} tokens; the longest is {self.classes.context_limit}")
+        return 3 * size + predicted_output
 
     def _choose(self, pools: tuple[tuple[_Target, ...], ...], prompt_tokens: int, ttft_s: float) -> _Target | None:
         for pool in pools:
@@ -173,6 +182,13 @@ def _in_order(plan: FleetPlan, serving: Iterable[InstanceState]) -> list[Instanc
     """Return the instances in the plan's order, those that it does not name last and in their own: they still serve."""
     order = {want.id: n for n, want in enumerate(plan.instances) if want.id is not None}
     return sorted(serving, key=lambda state: order.get(state.id, len(order)))
+
+
+def _without(pools: tuple[tuple[_Target, ...], ...], avoid: Collection[str]) -> tuple[tuple[_Target, ...], ...]:
+    """Return the pools without these instances, and without pools that have no other."""
+    if not avoid:
+        return pools
+    return tuple(kept for pool in pools if (kept := tuple(target for target in pool if target.id not in avoid)))
 
 
 def _least(targets: Sequence[_Target]) -> _Target:

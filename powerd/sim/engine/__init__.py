@@ -8,7 +8,7 @@ GPU has, never the one that was asked for; the core knows neither sockets nor ti
             ...
 """
 
-from powerd.sim.engine.engine import DrainingError, Engine, EngineDiedError, Options, Stream, TooLongError
+from powerd.sim.engine.engine import DrainingError, Engine, EngineDiedError, Options, PriorityError, Stream, TooLongError
 from powerd.sim.engine.hardware import FixedClock, Hardware, SimulatedGpus
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "FixedClock",
     "Hardware",
     "Options",
+    "PriorityError",
     "SimulatedGpus",
     "Stream",
     "TooLongError",

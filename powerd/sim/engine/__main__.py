@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-tokens", type=int, default=512, help="prompt tokens of one iteration at most")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests in a batch at most")
     parser.add_argument("--max-model-len", type=int, default=16384, help="longest prompt and answer together")
+    parser.add_argument("--scheduling-policy", choices=["fcfs", "priority"], default="fcfs",
+                        help="who waits goes in the order of arrival, or by the request's priority, lowest first")  # fmt: skip
     parser.add_argument("--stream-interval", type=int, default=1, help="tokens per event of a stream, after the first")
     parser.add_argument(
         "--enable-per-request-metrics", action="store_true", help="the usage event of a stream tells the request's own latencies"
@@ -67,7 +69,7 @@ def serve(args: argparse.Namespace) -> int:
             if (tp := args.tp or len(gpus)) != len(gpus):
                 raise ValueError(f"TP {tp} needs as many GPUs, {len(gpus)} are named")
             options = Options(model, tp, args.served_model_name or "", args.chunk_tokens, args.max_num_seqs, args.max_model_len,
-                              args.enable_per_request_metrics)  # fmt: skip
+                              args.enable_per_request_metrics, args.scheduling_policy == "priority")  # fmt: skip
             with SimulatedGpus(node, gpus) as hardware:
                 return int(clocks.run(clock, _serve(args, Engine(options, hardware), faults)))
     except (SimError, PowerdError, ValueError, OSError) as error:

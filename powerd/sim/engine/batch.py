@@ -2,12 +2,14 @@
 
 One token of each request that decodes comes first, prompts get the rest of `chunk_tokens` (vLLM's max_num_batched_tokens).
 
-House rules: pure, no clock and no I/O: times come in and go out; first come, first served; a request never holds more KV
-tokens than it has computed; who does not fit any more is preempted and computed anew, the youngest first, as vLLM does.
+House rules: pure, no clock and no I/O: times come in and go out; first come, first served, or by priority where that is asked
+for; a request never holds more KV tokens than it has computed; who does not fit any more is preempted and computed anew, the
+youngest first, or the one of the last priority, as vLLM does.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -21,6 +23,7 @@ class Request:
     output_tokens: int  # that it will make
     arrived_s: float
     max_tokens: int = 0
+    priority: int = 0  # lower goes first, where the batch goes by it
     computed: int = 0  # tokens of `context` in the KV cache
     generated: int = 0
     scheduled_s: float | None = None  # first chunk began
@@ -32,6 +35,11 @@ class Request:
     def context(self) -> int:
         """Tokens that have to be computed before the next one can be made."""
         return self.prompt_tokens + self.generated
+
+    @property
+    def turn(self) -> tuple[int, float, int]:
+        """Its place in a queue by priority; of one priority who came first."""
+        return self.priority, self.arrived_s, self.id
 
     @property
     def decoding(self) -> bool:
@@ -59,6 +67,7 @@ class Batch:
     kv_tokens: int
     chunk_tokens: int = 512
     max_running: int = 256
+    by_priority: bool = False  # vLLM's --scheduling-policy priority
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     preemptions: int = 0
@@ -78,7 +87,15 @@ class Batch:
         """Queue a request; ValueError when it could never fit."""
         if request.prompt_tokens + request.output_tokens > self.kv_tokens:
             raise ValueError(f"{request.prompt_tokens} + {request.output_tokens} tokens, the KV cache holds {self.kv_tokens}")
-        self.waiting.append(request)
+        self._queue(request, last=True)
+
+    def _queue(self, request: Request, *, last: bool) -> None:
+        if self.by_priority:
+            insort(self.waiting, request, key=lambda queued: queued.turn)
+        elif last:
+            self.waiting.append(request)
+        else:
+            self.waiting.appendleft(request)
 
     def remove(self, request: Request) -> None:
         """Forget a request whose client has gone; harmless when it has ended."""
@@ -92,12 +109,13 @@ class Batch:
         decodes = [request for request in self.running if request.decoding]
         used = self.kv_used
         while used + len(decodes) > self.kv_tokens:
-            youngest = self.running.pop()
-            used -= youngest.computed
-            youngest.computed, youngest.preemptions = 0, youngest.preemptions + 1
+            loser = max(self.running, key=lambda request: request.turn) if self.by_priority else self.running[-1]
+            self.running.remove(loser)
+            used -= loser.computed
+            loser.computed, loser.preemptions = 0, loser.preemptions + 1
             self.preemptions += 1
-            self.waiting.appendleft(youngest)
-            decodes = [request for request in decodes if request is not youngest]
+            self._queue(loser, last=False)
+            decodes = [request for request in decodes if request is not loser]
         free, budget = self.kv_tokens - used - len(decodes), max(0, self.chunk_tokens - len(decodes))
         chunks: list[tuple[Request, int]] = []
         for request in self.running:
@@ -106,18 +124,18 @@ class Batch:
                 budget, free = budget - tokens, free - tokens
         promised = sum(r.context - r.computed for r in self.running if not r.decoding)
         free = self.kv_tokens - used - len(decodes) - promised
-        while budget and self.waiting and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            if request.arrived_s > now_s or request.context > free:
+        while budget and len(self.running) < self.max_running:
+            head = next((queued for queued in self.waiting if queued.arrived_s <= now_s), None)
+            if head is None or head.context > free:
                 break
-            self.waiting.popleft()
-            self.running.append(request)
-            free -= request.context
-            tokens = min(budget, request.context)
+            self.waiting.remove(head)
+            self.running.append(head)
+            free -= head.context
+            tokens = min(budget, head.context)
             budget -= tokens
-            chunks.append((request, tokens))
-            if request.scheduled_s is None:
-                request.scheduled_s = now_s
+            chunks.append((head, tokens))
+            if head.scheduled_s is None:
+                head.scheduled_s = now_s
         return Iteration(tuple(decodes), tuple(chunks)) if decodes or chunks else None
 
     def finish(self, iteration: Iteration, end_s: float) -> list[Request]:

@@ -35,6 +35,10 @@ class EngineDiedError(RuntimeError):
     """The engine ended while the request was in it."""
 
 
+class PriorityError(ValueError):
+    """A priority for an engine that serves who came first."""
+
+
 class TooLongError(ValueError):
     """Prompt and answer do not fit; the message says what would."""
 
@@ -50,6 +54,7 @@ class Options:
     max_running: int = 256
     max_context: int = 16384
     keep_gaps: bool = False  # of every request, for `Stream.tbt_p99_s`
+    by_priority: bool = False  # who waits is served by priority, lowest first
 
 
 class Stream:
@@ -106,7 +111,7 @@ class Engine:
         self.options, self.hardware = options, hardware
         self.name = options.name or options.model.name
         self.speed = Speed(options.model, options.tp)
-        self.batch = Batch(options.model.kv_tokens[options.tp], options.chunk_tokens, options.max_running)
+        self.batch = Batch(options.model.kv_tokens[options.tp], options.chunk_tokens, options.max_running, options.by_priority)
         self.max_context = min(options.max_context, self.batch.kv_tokens)
         self.metrics = Metrics(self.name, self.max_context, self.batch.kv_tokens)
         self.on_token: Callable[[int], None] = lambda total: None  # how many tokens it has made; for injected faults
@@ -133,15 +138,17 @@ class Engine:
 
     # -- requests --------------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt_tokens: int, max_tokens: int, stop_after: int | None = None) -> Stream:
+    def submit(self, prompt_tokens: int, max_tokens: int, stop_after: int | None = None, priority: int = 0) -> Stream:
         """Queue a request; its answer has ``max_tokens`` tokens, or fewer where the simulated model stops by itself.
 
-        DrainingError, EngineDiedError, or TooLongError when it would not fit.
+        DrainingError, EngineDiedError, TooLongError when it would not fit, PriorityError when it cannot go by its priority.
         """
         if self.dead is not None:
             raise EngineDiedError(str(self.dead)) from self.dead
         if self.draining:
             raise DrainingError("the engine is draining")
+        if priority and not self.options.by_priority:
+            raise PriorityError(f"priority {priority}: this engine was not started with --scheduling-policy priority")
         if prompt_tokens < 1 or max_tokens < 1:
             raise TooLongError("a prompt and an answer have at least 1 token")
         if prompt_tokens + max_tokens > self.max_context:
@@ -149,7 +156,7 @@ class Engine:
         stops = stop_after is not None and stop_after < max_tokens
         output = max(1, min(max_tokens, stop_after or max_tokens))
         now_s = asyncio.get_running_loop().time()
-        request = Request(next(self._numbers), prompt_tokens, output, now_s, max_tokens)
+        request = Request(next(self._numbers), prompt_tokens, output, now_s, max_tokens, priority)
         stream = self._streams[request.id] = Stream(self, request, "stop" if stops else "length")
         self.batch.add(request)
         self.arrived, self.arrived_tokens = self.arrived + 1, self.arrived_tokens + prompt_tokens
@@ -255,7 +262,7 @@ class Engine:
             self._arrived.clear()
             await self._arrived.wait()
         # On a loop that woke late the request may be older than this moment, but not older than the last iteration's end.
-        first_s = self.batch.waiting[0].arrived_s if self.batch.waiting else begin_s
+        first_s = min((request.arrived_s for request in self.batch.waiting), default=begin_s)
         return max(begin_s, first_s)
 
     def _serve(self, iteration: Iteration, end_s: float) -> None:

@@ -35,6 +35,7 @@ class Ask:
     stream: bool
     usage: bool
     usage_each: bool  # vLLM's continuous_usage_stats: in every event
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,14 @@ def read(body: Any, headers: Mapping[str, str], *, chat: bool, name: str) -> Ask
         None if stop_after is None or body.get("ignore_eos") else _count(stop_after, STOP_HEADER),
         bool(body.get("stream")), bool(options.get("include_usage")),
         bool(options.get("include_usage") and options.get("continuous_usage_stats")),
+        _priority(body.get("priority")),
     )  # fmt: skip
+
+
+def _priority(value: object) -> int:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63):
+        return value or 0
+    raise BadRequestError(f"priority is a whole number, lower goes first, not {value!r}")
 
 
 def _count(value: object, what: str) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from powerd.sim.engine import openai
-from powerd.sim.engine.engine import DrainingError, Engine, EngineDiedError, Stream, TooLongError
+from powerd.sim.engine.engine import DrainingError, Engine, EngineDiedError, PriorityError, Stream, TooLongError
 
 FAULTS: Final = {
     "start-fails": "ends with code 1 instead of starting to listen",
@@ -120,8 +120,8 @@ class Server:
         if ask.model != self.engine.name:
             return _error(404, f"there is no model {ask.model!r}, this is {self.engine.name}", "NotFoundError")
         try:
-            stream = self.engine.submit(ask.prompt_tokens, ask.max_tokens, ask.stop_after)
-        except TooLongError as error:
+            stream = self.engine.submit(ask.prompt_tokens, ask.max_tokens, ask.stop_after, ask.priority)
+        except (TooLongError, PriorityError) as error:
             return _error(400, str(error))
         except (DrainingError, EngineDiedError) as error:
             return _error(503, str(error), "service_unavailable")

@@ -38,6 +38,7 @@ class Local:
 
     node: SimNode
     ills: list[str] = field(default_factory=list)
+    by_priority: bool = False
     running: dict[str, Running] = field(default_factory=dict)
     futures: dict[str, asyncio.Future[str]] = field(default_factory=dict)  # how it ended
     started: list[str] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Local:
             raise NoGpusError(f"{tp} GPUs are needed, {len(gpus)} are free")
         ill = self.ills.pop(0) if self.ills else ""
         self.started.append(id_)
-        engine = Engine(Options(MODEL, tp), SimulatedGpus(self.node, gpus))
+        engine = Engine(Options(MODEL, tp, by_priority=self.by_priority), SimulatedGpus(self.node, gpus))
         faults = (Fault(ill, 20),) if ill in ("unhealthy", "hang") else ()
         server = Server(engine, faults=faults)
         await engine.__aenter__()
@@ -124,13 +125,15 @@ class Answer:
     tokens: int
     complete: bool
     error: str = ""
+    retry_after: str = ""
 
 
 async def ask(session: aiohttp.ClientSession, url: str, tokens: int, prompt: int, stream: bool) -> Answer:
     body = {"prompt": [1] * prompt, "max_tokens": tokens, "stream": stream}
     async with session.post(f"{url}/v1/completions", json=body) as answer:
         if answer.status != 200:
-            return Answer(answer.status, 0, False, (await answer.json())["error"]["message"])
+            message = (await answer.json())["error"]["message"]
+            return Answer(answer.status, 0, False, message, answer.headers.get("Retry-After", ""))
         if not stream:
             whole = await answer.json()
             return Answer(200, whole["usage"]["completion_tokens"], True)

@@ -195,39 +195,6 @@ def test_an_engine_that_falls_silent_is_left_alone(node: nodes.SimNode) -> None:
     run(node, body, silence_s=3.0, probe_s=60.0)
 
 
-def test_in_an_emergency_waiting_requests_go_elsewhere_or_are_rejected(node: nodes.SimNode) -> None:
-    async def body(rig: Rig) -> None:
-        await rig.fleet.apply(plan(("all", 2)))
-        (full,) = rig.fleet.replicas
-        waiting = [rig.ask(tokens=5, prompt=8000) for _ in range(12)]
-        wanted = plan(("all", 2), ("all", 2))
-        assert (await rig.fleet.apply(wanted)).ok
-        named = replace(
-            wanted, instances=tuple(replace(w, id=i) for w, i in zip(wanted.instances, rig.fleet.replicas, strict=True))
-        )
-        while (before := rig.front.in_flight(full)) < 9 and not any(task.done() for task in waiting):
-            await asyncio.sleep(0.1)
-        await rig.fleet.follow(replace(named, resteered=frozenset({full})))
-        while rig.front.in_flight(full) == before:
-            await asyncio.sleep(0.05)
-        assert rig.front.tally.retried > 0
-        assert "emergency" in kinds(rig)
-        assert all(answer.complete for answer in await asyncio.gather(*waiting))
-        late = [rig.ask(tokens=5, prompt=8000) for _ in range(16)]
-        while sum(map(rig.front.in_flight, rig.fleet.replicas)) < 16:
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(1.5)
-        await rig.fleet.follow(replace(named, shed=dict.fromkeys(rig.fleet.replicas, 1.0)))
-        answers = await asyncio.gather(*late)
-        shed = [a for a in answers if a.status == 503]
-        assert shed
-        assert all("waited too long" in a.error for a in shed)
-        assert all(a.complete for a in answers if a.status != 503), "who had a token keeps its answer"
-        assert rig.front.tally.outcomes == {"answered": 28 - len(shed), "rejected": len(shed)}
-
-    run(node, body)
-
-
 class Book:
     """Clocks that are written down; ``lost`` ones are not in force any more."""
 

@@ -62,6 +62,15 @@ def test_a_full_pool_spills_to_the_next_of_the_route_and_a_full_route_to_the_soo
     assert each.route(250, 0) == "b", "neither meets it: b has more to do and is done sooner"
 
 
+def test_who_is_avoided_takes_a_request_only_where_nobody_else_can() -> None:
+    each = router(states(("a", "one"), ("b", "two")))
+    assert each.route(100, 1, avoid={"a"}) == "b", "another pool of the route"
+    assert each.route(100, 1, avoid={"a", "b"}) in ("a", "b"), "a request is never lost"
+    assert each.has_other(100, 1, {"a"})
+    assert not each.has_other(100, 1, {"a", "b"})
+    assert not router(states(("a", "one"), ("b", "two")), dict.fromkeys(NAMES, ("one",))).has_other(100, 1, {"a"})
+
+
 def test_an_instance_that_decodes_much_is_slower_with_prompts() -> None:
     each = router(states(("a", "one"), ("b", "two")))
     for _ in range(50):

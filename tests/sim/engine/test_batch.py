@@ -68,3 +68,28 @@ def test_who_goes_leaves_the_cache() -> None:
     batch.finish(iteration, 1.0)
     batch.remove(goes)
     assert (batch.kv_used, batch.running) == (10, [stays])
+
+
+def test_by_priority_the_lowest_goes_first_and_the_last_is_preempted() -> None:
+    batch = Batch(kv_tokens=45, chunk_tokens=64, max_running=2, by_priority=True)
+    late, soon, now = (
+        Request(0, 15, 20, 0.0, priority=30),
+        Request(1, 15, 5, 0.0, priority=20),
+        Request(2, 15, 20, 1.0, priority=10),
+    )
+    run(batch, [late, soon, now])
+    assert now.first_s is not None
+    assert late.first_s is not None
+    assert (soon.scheduled_s, late.scheduled_s) == (0.0, 0.0), "who has not come yet does not keep others back"
+    assert late.preemptions + now.preemptions == late.preemptions > 0, "whose priority is last gives way"
+    assert [r.generated for r in (late, soon, now)] == [20, 5, 20]
+    first = [r.first_s or 0.0 for r in (*_served(False), *_served(True))]
+    assert first[0] < first[1], "first come, first served"
+    assert first[2] > first[3], "by priority"
+
+
+def _served(by_priority: bool) -> list[Request]:
+    batch = Batch(kv_tokens=100, chunk_tokens=10, by_priority=by_priority)
+    requests = [Request(0, 40, 2, 0.0, priority=2), Request(1, 40, 2, 0.0, priority=1)]
+    run(batch, requests)
+    return requests

@@ -72,7 +72,8 @@ def test_completions_and_chat(engine: tuple[subprocess.Popen[str], str]) -> None
     assert json.loads(call(f"{url}/v1/models")[1])["data"][0]["id"] == "llama"
     for wrong, status_wanted in (
         ({"prompt": "a", "model": "gpt"}, 404), ({"prompt": []}, 400), ({"prompt": "a", "max_tokens": 0}, 400),
-        ({"prompt": "a", "n": 2}, 400), ({"prompt": "a", "max_tokens": 99999}, 400), ("no object", 400),
+        ({"prompt": "a", "priority": 5}, 400), ({"prompt": "a", "priority": "high"}, 400), ({"prompt": "a", "n": 2}, 400),
+        ({"prompt": "a", "max_tokens": 99999}, 400), ("no object", 400),
     ):  # fmt: skip
         status, text = call(f"{url}/v1/completions", wrong)
         assert status == status_wanted

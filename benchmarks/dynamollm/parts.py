@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from benchmarks.dynamollm import budgets
 from benchmarks.report import Progress, Report, Table, run
 from powerd.sim import enginemodels
 from powerd.sim.replay import generate, session, trace, workload
@@ -203,8 +204,11 @@ def measure(report: Report, progress: Progress) -> bool:
     kept = speeds(report)
     for n, make in enumerate((lambda: lengths(hour), lambda: forecasts(hour), reshards, starts, phases)):
         report.tables.append(make())
-        progress((n + 1) / 5)
+        progress(0.5 * (n + 1) / 5)
+    report.tables.append(budgets.table(lambda share: progress(0.5 + 0.5 * share)))
     report.notes += [
+        "Last table: DynamoLLM on the hour, budgets as shares of the most it draws without one; a budget for the mean reckons"
+        " with what the load makes likely, one for every moment with the most that its clocks can draw.",
         "Lengths: the shipped conversation trace. The day and the week before it are generated from its lengths"
         f" (seeds {DAY_SEED} and {HISTORY_SEED}).",
         "T is the time to move an eighth of the model, 50 ms over NVLink as published; what a fix leaves over is assumed.",

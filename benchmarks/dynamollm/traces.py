@@ -80,7 +80,10 @@ def _scaled(trace: Trace, load: float, seed: int) -> Trace:
 def full_load(case: Case, scenario: Scenario, told: Callable[[str], None] = lambda text: None) -> float:
     """Return load 1.0 of a case; kept on disk, as the search takes minutes for a week."""
     model = enginemodels.load(scenario.engine.model)
-    made_of = repr((case.name, case.trace.name, len(case.trace), sorted(model.table.items()), asdict(scenario), TOLERANCE))
+    given = asdict(scenario)
+    for key in ("energy_mean_usd_per_kwh", "energy_midday_dip", "energy_evening_rise"):
+        del given["prices"][key]  # no price changes what SinglePool keeps
+    made_of = repr((case.name, case.trace.name, len(case.trace), sorted(model.table.items()), given, TOLERANCE))
     kept = CACHE / f"load-{case.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
     if kept.exists():
         return float(json.loads(kept.read_text())["load"])

@@ -256,6 +256,29 @@ def test_what_no_fleet_can_keep_is_refused_before_anything_runs(toml: str, said:
     assert caught.value.hint
 
 
+def test_a_price_of_electricity_is_told_to_controllers_and_is_in_the_cost(hour: Trace) -> None:
+    part = scale.scaled(hour.between(600, 780), 3.0, 1)
+    text = "[prices]\nenergy_mean_usd_per_kwh = 0.2\nenergy_evening_rise = 0.5\nenergy_midday_dip = 0.4\n"
+    free, priced = (session.prepare(part, scenario.parse(given)) for given in ("", text))
+    evening = replace(part, begin_week_s=20 * 3600.0)
+    dear = session.prepare(evening, scenario.parse(text))
+    made = {}
+    for name, comparison in (("free", free), ("priced", priced), ("dear", dear)):
+        recorder, outcome = recorded("singlepool", comparison)
+        told = {state.price_per_kwh for state, _ in recorder.seen}
+        made[name] = report.of_policy(outcome, comparison.workload, comparison.setting, comparison.scenario.prices)
+        assert (told == {None}) is (name == "free")
+    assert made["free"]["cost_usd"] == pytest.approx(3.0 * made["free"]["gpu_hours"])
+    bills = {name: entry["cost_usd"] - made["free"]["cost_usd"] for name, entry in made.items()}
+    price = priced.setting.price
+    assert price is not None
+    assert price.over(np.arange(0.0, DAY_S, 60.0)).mean() == pytest.approx(0.2, rel=0.01)
+    assert bills["priced"] == pytest.approx(price.at(90.0) * made["priced"]["energy_kwh"], rel=0.01)
+    assert bills["dear"] > 1.1 * bills["priced"]
+    del made["free"]["cost_usd"], made["priced"]["cost_usd"]
+    assert made["free"] == made["priced"]  # a fixed fleet does the same whatever it costs
+
+
 def test_carbon_has_its_mean_its_midday_and_its_evening() -> None:
     carbon = Carbon(scenario.PricesSection(), begin_week_s=DAY_S)
     day = carbon.over(np.arange(0.0, DAY_S, 60.0))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from powerd_policies.dynamollm.capacity import steady_w
-from powerd_policies.dynamollm.engine_model import EngineModel
+from powerd_policies.dynamollm.engine_model import Coefficients, EngineModel
 
 AIM = 0.95  # of the budget: load moves within the seconds between two looks
+MOST_RUNNING = 256  # requests in decode on one instance
 UNLEARN = 0.05  # of a correction that proves too high is forgotten at every look
 
 
@@ -37,17 +38,19 @@ class Ceiling:
 
 
 class WattBudget:
-    """Keeps a fleet within ``budget_w``."""
+    """Keeps a fleet within ``budget_w``: what load makes likely within it, or (``strict``) whatever its instances may compute."""
 
-    def __init__(self, model: EngineModel, budget_w: float) -> None:
-        self.model, self.budget_w, self._aim_w = model, budget_w, AIM * budget_w
+    def __init__(self, model: EngineModel, budget_w: float, strict: bool = False) -> None:
+        self.model, self.budget_w, self.strict = model, budget_w, strict
+        self._aim_w = budget_w if strict else AIM * budget_w
         self.correction = 1.0
 
     def learn(self, measured_w: float | None, modelled_w: float) -> None:
         """Compare what was drawn with what the model said it would be."""
         if measured_w is None or measured_w <= 0 or modelled_w <= 0:
             return
-        seen = min(2.0, max(0.5, measured_w / modelled_w))
+        # Peaks are not seen all the time: that less is drawn does not say that they are lower.
+        seen = min(2.0, max(1.0 if self.strict else 0.5, measured_w / modelled_w))
         self.correction = seen if seen > self.correction else self.correction + UNLEARN * (seen - self.correction)
 
     def power_w(self, draws: Sequence[Draw], ceiling_mhz: int | None = None) -> float:
@@ -71,4 +74,10 @@ class WattBudget:
         clock = above[-1] if above else clocks[0]
         if ceiling_mhz is not None and clock > ceiling_mhz:
             clock = next((each for each in clocks if each <= ceiling_mhz), clocks[-1])
-        return steady_w(self.model.table[draw.tp, clock], draw.prompt_tokens_per_s, draw.output_tokens_per_s)
+        at = self.model.table[draw.tp, clock]
+        return peak_w(at) if self.strict else steady_w(at, draw.prompt_tokens_per_s, draw.output_tokens_per_s)
+
+
+def peak_w(at: Coefficients) -> float:
+    """Return the most watts that one GPU draws at a clock, whatever its instance computes."""
+    return max(at.prefill_w, at.decoding_w(MOST_RUNNING), at.idle_w)

@@ -27,11 +27,12 @@ class Clocks:
 
     def __init__(self, knobs: Knobs, capacity: Capacity, pool: PoolController, recent: Recent) -> None:
         self.knobs, self.capacity, self.pool, self.recent = knobs, capacity, pool, recent
-        self.budget = WattBudget(capacity.model, knobs.budget_w) if knobs.budget_w is not None else None
+        self.budget = WattBudget(capacity.model, knobs.budget_w, knobs.budget_strict) if knobs.budget_w is not None else None
         self.pools: Pools | None = None
         self._promised: dict[str, Slo] = {}
         self._peers: Counter[str] = Counter()
         self._instances: dict[str, tuple[str, InstanceController]] = {}
+        self.factor = 1.0  # times the recent load is what clocks are chosen for, by what was missed
         self._modelled_w = 0.0
         self._within = (True, True)
 
@@ -57,7 +58,7 @@ class Clocks:
     def _floors(self, members: Sequence[Member], by_id: Mapping[str, InstanceState]) -> dict[tuple[str, int], int]:
         """Return the clock that each pool's instances of one parallelism need together for what arrived lately."""
         assert self.pools is not None
-        demands = self.pools.demands(scaled(self.recent.rates(self.knobs.fast_s), self.knobs.clock_margin))
+        demands = self.pools.demands(scaled(self.recent.rates(self.knobs.fast_s), self.factor * self.knobs.clock_margin))
         serving: dict[str, Counter[int]] = {}
         for member in members:
             if member.id is not None and by_id[member.id].phase == "serving":
@@ -103,6 +104,7 @@ class Clocks:
             peers=self._peers[member.pool],
             dwell_s=self.knobs.dwell_s,
             period_s=self.knobs.period_s,
+            backs_off=self.knobs.backs_off,
         )
 
     def _within_budget(

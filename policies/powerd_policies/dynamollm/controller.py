@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from powerd_policies.dynamollm.capacity import Capacity, Demand, Lengths, scaled, total_of
+from powerd_policies.dynamollm.caution import Caution
+from powerd_policies.dynamollm.classes import Slo
 from powerd_policies.dynamollm.clocks import Clocks, parts_of, promised
 from powerd_policies.dynamollm.cluster import ClusterController, Pools, needs
 from powerd_policies.dynamollm.emergency import Emergencies, Measures, slack_of
@@ -28,6 +30,10 @@ from powerd_policies.dynamollm.reconcile import reconcile
 
 EARLY_S = 15.0  # between two decisions ahead of time
 SURE = 1e-9
+#: A fleet that no parallelism makes large enough is re-sharded only for one that holds so many times more: while four instances
+#: at a time change hands, a third of twelve is missing when it is needed most. Epochs come every five minutes, not at a peak.
+TURN_EARLY, TURN_DUE = 1.5, 1.2
+SHORT = 0.95  # a plan that holds less of the load is short; one that holds as much is within its own margins
 
 
 class Predictor(Protocol):
@@ -55,6 +61,7 @@ class Fleet:
         self.recent = Recent(max(120.0, knobs.surge_s))
         self.clocks = Clocks(knobs, capacity, self.pool, self.recent)
         self.emergencies = Emergencies()
+        self.caution = Caution()
         self.pools = self._reference()
         self.shapes: dict[str, tuple[Shape, ...]] = {}
         self._cluster_s = self._pool_s = -float("inf")  # when these decided last
@@ -62,6 +69,7 @@ class Fleet:
         self._helped = True  # the last decision changed something
         self._cold: bool | None = None  # there is no history; None: not asked yet
         self._lacks = ""
+        self._held = 1.0  # of the load, by the plan
 
     def decide(self, state: FleetState) -> FleetPlan:
         """Return the whole desired fleet."""
@@ -72,17 +80,21 @@ class Fleet:
             self.predictor.observe(state.now_s, state.window_s, state.arrivals)
             self.recent.add(state.now_s, state.window_s, state.arrivals)
         measures = self._ladders(state, events)
+        if self.knobs.backs_off:
+            self.caution.see(state.window_s, state.instances, self._promises(state))
+            self.clocks.factor = self.caution.factor
         self._plan(state, measures, events)
         members = reconcile(state.instances, self.shapes, state.gpus, self.knobs.pairs)
         blind = not self._planned and self.recent.covered_s < self.knobs.fast_s
-        wants, more = self.clocks.decide(state, members, self.pools, measures.max_clock, blind)
+        short = self.knobs.backs_off and self._held < SHORT  # nothing else is left that could be given
+        wants, more = self.clocks.decide(state, members, self.pools, measures.max_clock, blind or short)
         events += more
         alive = Counter(member.pool for member in members)
         return FleetPlan(
             wants,
             routes(self.pools.partition, alive),
             tuple(events),
-            reordered=measures.reordered,
+            reordered=frozenset(i.id for i in state.instances) if short else measures.reordered,
             resteered=measures.resteered,
             shed=measures.shed,
         )
@@ -116,6 +128,7 @@ class Fleet:
             return
         surge = self._surge(young)
         peak = {name: _larger(rate, surge.get(name, Rate())) for name, rate in forecast.items()}
+        peak = scaled(peak, self.caution.factor)
         if not due:
             events.append(FleetEvent(now_s, "misprediction", "fleet", self._says(surge)))
         mean = self.recent.rates(120.0) or scaled(peak, 0.75)
@@ -159,13 +172,20 @@ class Fleet:
         else:
             layout = self._staying(own, have, weights)
             layout = self.pool.plan(own, weights=weights) if layout.lacks else layout
-        if due and self._planned and _turned(have, layout):
+        if (due or knobs.backs_off) and self._planned and _turned(have, layout):
             stays = self._staying(own, have, weights)
-            layout = layout if stays.lacks else self._gated(now_s, have, stays, layout, events)
+            if not stays.lacks:
+                layout = self._gated(now_s, have, stays, layout, events)
+            elif knobs.backs_off and layout.share < (TURN_DUE if due else TURN_EARLY) * stays.share:
+                layout = stays
+        self._held = layout.share
         if layout.lacks != self._lacks:
             self._lacks = layout.lacks
             if layout.lacks:
-                events.append(FleetEvent(now_s, "infeasible", "fleet", layout.lacks))
+                done = "; highest clocks, queues by deadline" if knobs.backs_off and layout.share < SHORT else ""
+                events.append(FleetEvent(now_s, "infeasible", "fleet", layout.lacks + done))
+            elif knobs.backs_off:
+                events.append(FleetEvent(now_s, "infeasible", "fleet", "the load fits again"))
         shapes = dict(layout.shapes)
         if not due:
             shapes = {pool: _grown(self.shapes.get(pool, ()), new) for pool, new in shapes.items()}
@@ -228,7 +248,7 @@ class Fleet:
         """Whether what arrived lately is more than the planned fleet holds at its highest clocks."""
         if not self.knobs.instances:
             return False
-        demands = self.pools.demands(scaled(self.recent.rates(self.knobs.surge_s), self.knobs.outgrown))
+        demands = self.pools.demands(scaled(self.recent.rates(self.knobs.surge_s), self.caution.factor * self.knobs.outgrown))
         for pool, demand in demands.items():
             if total_of(demand).requests_per_s <= 0:
                 continue
@@ -251,10 +271,14 @@ class Fleet:
             return self.knobs.weights
         return replace(self.knobs.weights, gpu=self.knobs.weights.energy * 1000.0 * self.knobs.usd_per_gpu_hour / price)
 
+    def _promises(self, state: FleetState) -> dict[str, Slo]:
+        """Return the SLO of each pool that has instances."""
+        return {pool: promised(self.capacity, self.pools, pool) for pool in {i.pool for i in state.instances}}
+
     def _ladders(self, state: FleetState, events: list[FleetEvent]) -> Measures:
         if not self.knobs.ladder:
             return Measures()
-        slacks, slos = {}, {i.pool: promised(self.capacity, self.pools, i.pool) for i in state.instances}
+        slacks, slos = {}, self._promises(state)
         for i in state.instances:
             if i.phase == "serving" and (clock_mhz := self._known_clock_mhz(i)) is not None:
                 slo = slos[i.pool]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from powerd_policies.dynamollm.caution import missed
 from powerd_policies.dynamollm.classes import PromptSlo, Slo
 from powerd_policies.dynamollm.engine_model import EngineModel
 from powerd_policies.dynamollm.fleet import InstanceLoad
@@ -22,6 +23,7 @@ KV_PRESSURE: Final = 0.9  # of the KV memory: from here on requests are about to
 NOISE: Final = 1.0  # standard deviations of what arrives in the memory are expected on top of its mean
 NEAR: Final = 0.97  # of the TBT: gaps seen above make the controller careful ...
 CAUTION: Final = 0.05  # ... by at most this share of it
+MISSED: Final = 0.25  # and by at most this share where gaps were above it: the model is wrong by as much
 GROWTH: Final = 3.0  # standard deviations of what arrives in a period are expected on top of the batch
 TBT_MARGIN: Final = 0.97  # of the TBT, which depends less on chance
 
@@ -66,8 +68,9 @@ class InstanceController:
     ``classes``, the shortest prompts first, have TTFTs of their own: that of ``slo`` is then that of all longer ones. Each class
     is judged by the lengths that the load tells of it, or all by the strictest TTFT where it tells none. Infinite: no promise.
     ``peers`` instances share the arrivals by load, this one among them: the more there are, the less one has to keep in hand.
-    ``share_late`` of the requests may miss their TTFT. ``floor_mhz`` is what the pool above asks for at least,
-    ``ceiling_mhz`` what a watt budget allows at most; None: nothing.
+    ``share_late`` of the requests may miss their TTFT. ``backs_off``: gaps measured above the promise mean the highest clock,
+    whatever the model says. ``floor_mhz`` is what the pool above asks for at least, ``ceiling_mhz`` what a watt budget allows at
+    most; None: nothing.
     Raises ValueError when ``model`` holds no clock for ``tp``.
     """
 
@@ -89,6 +92,7 @@ class InstanceController:
         stale_s: float = 10.0,
         parking: bool = True,
         scaling: bool = True,
+        backs_off: bool = True,
     ) -> None:
         allowed = [c for c in model.clocks_mhz(tp) if clocks_mhz is None or c in clocks_mhz]
         if not allowed:
@@ -101,7 +105,7 @@ class InstanceController:
         self._unknown = tuple(Promised(each.ttft_s, ((1.0, 1.0),)) for each in self._classes)  # whose lengths are not known
         self.share_late, self.prompt_tokens = share_late, prompt_tokens
         self.period_s, self.dwell_s, self.memory_s, self.stale_s = period_s, dwell_s, memory_s, stale_s
-        self.parking, self.scaling = parking, scaling
+        self.parking, self.scaling, self.backs_off = parking, scaling, backs_off
         self.floor_mhz: int | None = None
         self.ceiling_mhz: int | None = None
         self.max_mhz = allowed[0]
@@ -151,6 +155,9 @@ class InstanceController:
         if load.kv_used_ratio is None or load.kv_used_ratio >= KV_PRESSURE:
             return self.max_mhz, "KV memory is not known" if load.kv_used_ratio is None else "KV memory is nearly full"
         rate, prompt, output = self._remember(now_s, load)
+        if self.backs_off and missed(load, self.slo):
+            self._learn(load)
+            return self.max_mhz, "gaps were above the promise"
         if not load.running and not load.queued:
             if not self.parking:
                 return self._steps[0].clock_mhz, "nothing to do"
@@ -234,8 +241,12 @@ class InstanceController:
     def _learn(self, load: InstanceLoad) -> float:
         """Return the share of the TBT that is kept back: more when gaps were seen close to it, forgotten slowly."""
         if load.tbt_p99_s is not None:
-            near = load.tbt_p99_s > NEAR * self.slo.tbt_s
-            self._caution = min(CAUTION, self._caution + 0.25 * CAUTION) if near else 0.99 * self._caution
+            over = load.tbt_p99_s / self.slo.tbt_s
+            if over > NEAR:
+                most = MISSED if over > 1.0 and self.backs_off else CAUTION
+                self._caution = max(self._caution, min(most, self._caution + 0.25 * most))
+            else:
+                self._caution *= 0.99
         return self._caution
 
     def _parking_mhz(self) -> int:

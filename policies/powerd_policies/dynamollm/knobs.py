@@ -46,8 +46,10 @@ class Knobs:
     warmup_s: float = 30.0  # without a forecast, all GPUs stay on for this long
     pairs: int = 4  # re-shards at a time at most
     ladder: bool = False  # emergencies: reorder, highest clock, re-steer, reject
+    backs_off: bool = False  # whatever falls short of its promises, by plan or as measured, is given more than the model asks for
     pace: Pace | None = None  # answers are written as fast as they are read: tightens the TBT
     budget_w: float | None = None  # for all GPUs of the fleet
+    budget_strict: bool = False  # it holds at every moment, by the most that a clock can draw; False: for the mean of seconds
     weights: Weights = field(default_factory=Weights)
     usd_per_gpu_hour: float | None = None  # with a price of energy: GPUs that are off save this too
     usd_per_kg_carbon: float | None = None  # with a carbon signal: added to the price of energy
@@ -66,6 +68,6 @@ POLICIES: Final[Mapping[str, Knobs]] = {
     "scaleinst": Knobs(instances=True),
     "scaleshard": Knobs(shards=True),
     "scalefreq": Knobs(clocks=True),
-    "dynamollm": Knobs(instances=True, shards=True, clocks=True, ladder=True, partitions=_ALL),
+    "dynamollm": Knobs(instances=True, shards=True, clocks=True, ladder=True, backs_off=True, partitions=_ALL),
     "dynamollm-paper": Knobs(instances=True, shards=True, clocks=True, ladder=True, partitions=("nine",), joint=False),
 }

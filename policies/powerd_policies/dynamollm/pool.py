@@ -38,11 +38,15 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The pools' shapes; ``power_w`` as expected at mean load; ``lacks``: what could not be met, empty when all is."""
+    """The pools' shapes; ``power_w`` as expected at mean load; ``lacks``: what could not be met, empty when all is.
+
+    ``share`` of the load is held within every SLO; 0: the search found none that is.
+    """
 
     shapes: Mapping[str, tuple[Shape, ...]]
     power_w: float
     lacks: str = ""
+    share: float = 1.0
 
     @property
     def gpus(self) -> int:
@@ -77,7 +81,8 @@ class PoolController:
                 except InfeasibleError as error:
                     lacks = lacks if share < 1.0 else str(error)
                 else:
-                    return self._layout(found, f"{lacks}; planned for {100 * share:.0f} % of the load" if share < 1.0 else "")
+                    said = f"{lacks}; planned for {100 * share:.0f} % of the load" if share < 1.0 else ""
+                    return replace(self._layout(found, said), share=share)
         return self._fallback(needs, lacks)
 
     def _try(self, needs: list[Need], burst: float, tps: Mapping[str, tuple[int, ...]], weights: Weights | None) -> Sharding:
@@ -179,7 +184,7 @@ class PoolController:
             shapes[name] = count
         if shapes:
             shapes[max(work, key=lambda name: work[name])] += left
-        return Layout({name: (Shape(tp, self.top[tp], n),) if n else () for name, n in shapes.items()}, 0.0, lacks)
+        return Layout({name: (Shape(tp, self.top[tp], n),) if n else () for name, n in shapes.items()}, 0.0, lacks, 0.0)
 
     def _layout(self, found: Sharding, lacks: str) -> Layout:
         shapes = {}

@@ -2,7 +2,8 @@
 
 House rules: a request is within its SLO when its first token and the P99 of its own gaps were in time; rejected, late and
 unfinished ones are misses; a figure that does not exist is null, never 0; GPUs that are off count 0 W in ``energy_kwh``, and what
-a GPU without a context draws (72 W) in the figure beside it. ``tbt_p50_s`` is the median over requests of their mean gap,
+a GPU without a context draws (72 W) in the figure beside it. ``cost_usd`` is of GPUs that are on and, where the scenario states a
+price of electricity, of their energy at the price of its time. ``tbt_p50_s`` is the median over requests of their mean gap,
 ``tbt_p99_s`` the P99 over requests of the P99 of their own gaps, which is what the SLO is about.
 """
 
@@ -58,12 +59,13 @@ def of_policy(outcome: Outcome, workload: Workload, setting: Setting, prices: Pr
     gpu_hours = results.gpu_hours
     tick_kwh = power_w * setting.config.tick_s / J_PER_KWH
     carbon_g = None if setting.carbon is None else float(np.dot(tick_kwh, setting.carbon.over(times_s)))
+    energy_usd = 0.0 if setting.price is None else float(np.dot(tick_kwh, setting.price.over(times_s)))
     made = {
         "energy_kwh": energy_kwh,
         "energy_kwh_off_72w": (results.total_j + max(0.0, results.off_j)) / J_PER_KWH,
         "gpu_hours": gpu_hours,
         "carbon_kg": None if carbon_g is None else carbon_g / 1000,
-        "cost_usd": gpu_hours * prices.usd_per_gpu_hour,
+        "cost_usd": gpu_hours * prices.usd_per_gpu_hour + energy_usd,
         "power_p50_w": float(np.percentile(inside, 50)),
         "power_p99_w": float(np.percentile(inside, 99)),
         "requests": len(kept) + workload.oversize,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from powerd.sim.cluster import Cluster, ClusterConfig, Results
-from powerd.sim.replay.signals import Carbon
+from powerd.sim.replay.signals import Carbon, EnergyPrice
 from powerd.sim.replay.workload import Workload
 from powerd_policies.dynamollm.classes import Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
@@ -75,6 +75,7 @@ class Setting:
     config: ClusterConfig
     gpus: int
     carbon: Carbon | None = None
+    price: EnergyPrice | None = None
     sample_s: float = 60.0
 
 
@@ -95,6 +96,8 @@ def replay(
         state = cluster.state()
         if setting.carbon is not None:
             state = replace(state, carbon_g_per_kwh=setting.carbon.at(now_s))
+        if setting.price is not None:
+            state = replace(state, price_per_kwh=setting.price.at(now_s))
         if now_s >= workload.length_s and not _busy(state):
             break
         plan = controller.decide(state)

@@ -101,6 +101,9 @@ class PricesSection:
     """``[prices]``: what energy and GPUs are turned into."""
 
     usd_per_gpu_hour: float = knob(3.0, "of a GPU that is on", low=0, high=1000)
+    energy_mean_usd_per_kwh: float = knob(0.0, "mean price of electricity; 0: none, cost_usd is of GPUs alone", low=0, high=100)
+    energy_midday_dip: float = knob(0.0, "how far it falls at midday, share of the mean", low=0, high=1)
+    energy_evening_rise: float = knob(0.0, "how far it rises in the evening, share of the mean", low=0, high=1)
     carbon_mean_g_per_kwh: float = knob(250.0, "mean carbon intensity of the grid", low=0, high=5000)
     carbon_midday_dip: float = knob(0.45, "how far it falls at midday, share of the mean", low=0, high=1)
     carbon_evening_rise: float = knob(0.25, "how far it rises in the evening, share of the mean", low=0, high=1)

@@ -97,3 +97,21 @@ def test_a_reshard_costs_what_a_matching_leaves_to_be_moved_and_a_start_what_a_s
     assert reshard_j(have, {"LL": (Shape(8, 1980, 12),)}, 96, Overheads(), weights, 200.0) == 0.0
     naive = reshard_j(have, {"LL": (Shape(4, 1980, 24),)}, 96, Overheads(Fixes(matching=False)), weights, 200.0)
     assert naive > full
+
+
+@given(draws=DRAWS, budget_w=st.floats(500, 40_000), seen=st.floats(0.1, 1.0))
+def test_a_strict_budget_holds_whatever_the_instances_compute_and_never_counts_on_less(
+    draws: list[Draw], budget_w: float, seen: float
+) -> None:
+    budget = WattBudget(MODEL, budget_w, strict=True)
+    budget.learn(seen, 1.0)  # less than the peak is drawn most of the time
+    found = budget.ceiling(draws)
+    top_w = 0.0
+    for draw in draws:
+        clocks = MODEL.clocks_mhz(draw.tp)
+        asked = draw.clock_mhz if found.clock_mhz is None else min(draw.clock_mhz, found.clock_mhz)
+        at = MODEL.table[draw.tp, next((clock for clock in clocks if clock <= asked), clocks[-1])]
+        top_w += (
+            draw.count * draw.tp * max(at.iteration_j(p, d) / at.iteration_s(p, d) for p, d in ((512, 0), (0, 256), (512, 40)))
+        )
+    assert top_w <= budget_w or not found.kept

@@ -111,3 +111,23 @@ def test_gaps_seen_close_to_the_promise_make_it_careful_and_it_forgets() -> None
     close = replace(load, tbt_p99_s=0.0985)
     assert [mine.clock(20.0 + 5.0 * n, close).clock_mhz for n in range(6)][-1] > calm
     assert [mine.clock(60.0 + 5.0 * n, load).clock_mhz for n in range(400)][-1] == calm
+
+
+def test_gaps_measured_above_the_promise_mean_the_highest_clock_whatever_the_model_says() -> None:
+    calm = InstanceLoad(running=5, requests_per_s=0.5, prompt_tokens_per_s=200.0, tbt_p99_s=0.05)
+    late = replace(calm, tbt_p99_s=0.11)
+    for backs_off in (True, False):
+        mine = controller(dwell_s=0.0, backs_off=backs_off)
+        assert mine.clock(0.0, calm).clock_mhz < TOP
+        assert (mine.clock(5.0, late).clock_mhz == TOP) is backs_off
+
+
+def test_gaps_missed_again_and_again_leave_more_of_the_promise_in_hand_than_gaps_close_to_it() -> None:
+    load = InstanceLoad(running=45, requests_per_s=1.0, prompt_tokens_per_s=400.0, tbt_p99_s=0.05)
+    clocks = {}
+    for seen_s in (0.0985, 0.11):
+        mine = controller(dwell_s=0.0)
+        for n in range(6):
+            mine.clock(5.0 * n, replace(load, tbt_p99_s=seen_s))
+        clocks[seen_s] = mine.clock(30.0, load).clock_mhz
+    assert clocks[0.11] > clocks[0.0985]

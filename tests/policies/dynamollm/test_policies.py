@@ -160,6 +160,16 @@ def test_a_watt_budget_is_kept() -> None:
     assert any(event.kind == "budget" for event in kept.events)
 
 
+def test_a_strict_watt_budget_is_kept_at_every_moment() -> None:
+    """Also at the begin, when nothing is known of the load."""
+    budget_w = 16_000.0
+    knobs = replace(POLICIES["dynamollm"], budget_w=budget_w, budget_strict=True)
+    kept = run(build("dynamollm", knobs), requests([5.0] * 10), 600.0)
+    assert max(kept.power_w) <= budget_w
+    assert kept.slo >= 0.95
+    assert any(event.kind == "budget" for event in kept.events)
+
+
 @pytest.mark.parametrize("partition", ["prompt", "output", "nine"])
 def test_more_than_one_pool_serves_every_class(partition: str) -> None:
     found = run(build("dynamollm", replace(POLICIES["dynamollm"], partitions=(partition,))), requests([9.0] * 8), 480.0)
@@ -183,6 +193,27 @@ def test_a_load_that_no_fleet_holds_is_said_to_be_one_and_served_as_far_as_it_go
     assert said
     assert "would be needed" in said[0]
     assert sum(want.tp for want in plan.instances) > GPUS // 2
+
+
+def test_short_of_gpus_every_clock_is_the_highest_and_queues_go_by_deadline_until_the_load_fits_again() -> None:
+    controller = build("dynamollm")
+    plan = controller.decide(FleetState(0.0, 0.0, (), {}, GPUS))
+    flood, quiet = ClassLoad(3000, 9_000_000, 180_000), ClassLoad(5, 2_000, 500)
+    seen: list[tuple[str, FleetPlan]] = []
+    for n in range(1, 200):
+        instances = tuple(InstanceState(f"LL-{k}", w.pool, w.tp, w.clock_mhz) for k, w in enumerate(plan.instances))
+        load = {"LS": flood} if n < 20 else {"SS": quiet}
+        plan = controller.decide(FleetState(5.0 * n, 5.0, instances, load, GPUS))
+        seen.append((",".join(i.id for i in instances), plan))
+    ids, short = seen[18]
+    assert {want.clock_mhz for want in short.instances if want.id is not None} == {TOP}
+    assert short.reordered == frozenset(ids.split(","))
+    calm = seen[-1][1]
+    assert max(want.clock_mhz for want in calm.instances) < TOP
+    assert not calm.reordered
+    told = [event.detail for _, each in seen for event in each.events if event.kind == "infeasible"]
+    assert "highest clocks" in told[0]
+    assert told[-1] == "the load fits again"
 
 
 def test_an_instance_that_died_is_replaced() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.dynamollm import accuracy, parts
+from benchmarks.dynamollm import __main__ as command
+from benchmarks.dynamollm import accuracy, parts, study, traces
 from benchmarks.report import Table
 from powerd.sim.replay import session, trace
 from powerd_policies.dynamollm.lengths import NoisyOracle, Oracle
@@ -45,3 +46,10 @@ def test_a_predictor_changes_by_what_requests_are_routed_and_nothing_else() -> N
     assert (after.routed_class // 3 == before.true_class // 3).all(), "the prompt's length is known"
     assert (after.output_tokens == before.output_tokens).all()
     assert (after.arrival_s == before.arrival_s).all()
+
+
+def test_published_figures_stand_beside_those_policies_that_ran() -> None:
+    rows = {name: dict.fromkeys(command.PUBLISHED, value) for name, value in ((study.BASE, 100.0), (study.FULL, 50.0))}
+    table = command._published(study.Study(traces.hour(), 1.0, {1.0: rows}))
+    assert table.header == ("against SinglePool", "published", "dynamollm here")
+    assert table.rows[0] == ("energy", "-53%", "-50%")

@@ -128,7 +128,7 @@ def prometheus(node: LiveNode, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "token").write_text(READ_TOKEN)
     planner = Endpoint(Engine())
-    planner.text = fleet_page(PLAN, PlannerFigures(1, 0.1, 0, 0, {}, {}))
+    planner.text = fleet_page(PLAN, PlannerFigures(1, 0.1, 0, 0, {}, {}, 0, 0))
     port = planner.url.split(":")[2].split("/")[0]
     server = Prometheus(folder, SCRAPE.format(rules=RULES, token=folder / "token", port=node.tcp_port, planner=port))
     server.start()

@@ -14,27 +14,13 @@ import pytest
 from powerd.client import Client
 from powerd.model import Control, SloClass
 from powerd.replicatypes import SloSpec
-from tests.e2e.daemon_rig import CONFIG, Rig, rig
+from tests.e2e import replica_rig
+from tests.e2e.daemon_rig import CONFIG, Rig
 from tests.e2e.replica_rig import until
 from tests.replicas.engine import Endpoint, Engine
 
 CLASSES = {"ttft_s": 5.0, "tbt_s": 0.1, "classes": [{"max_prompt_tokens": 500, "ttft_s": 1.0}]}
 STRICTEST = {"ttft_s": 1.0, "tbt_s": 0.1}
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Rig]:
-    with rig(gpus=2) as made:
-        made.write(CONFIG)
-        made.start()
-        yield made
-
-
-@pytest.fixture
-def node(shared: Rig) -> Iterator[Rig]:
-    yield shared
-    for lease in shared.get("/v1/leases"):
-        shared.request("DELETE", f"/v1/leases/{lease['id']}")
 
 
 @pytest.fixture
@@ -46,21 +32,11 @@ def engine() -> Iterator[Endpoint]:
 
 
 def body(node: Rig, at: Endpoint, slo: Any, gpu: int = 0) -> dict[str, Any]:
-    asked = {
-        "name": f"chat-{gpu}",
-        "pool": "chat",
-        "gpus": node.hw.uuids[gpu : gpu + 1],
-        "metrics_url": at.url,
-        "slo": slo,
-        "tp": 8,
-    }
-    return {**asked, "profile": "llama2-70b_h100", "detached": True}
+    return replica_rig.body(node, at, gpu, name=f"chat-{gpu}", slo=slo, tp=8)
 
 
 def register(node: Rig, at: Endpoint, slo: Any, gpu: int = 0) -> Any:
-    status, answer = node.request("POST", "/v1/replicas", body(node, at, slo, gpu))
-    assert status == 200, answer
-    return answer["replica"]
+    return replica_rig.register(node, at, gpu, name=f"chat-{gpu}", slo=slo, tp=8)["replica"]
 
 
 def test_long_prompts_that_may_take_longer_hold_no_clock_up(node: Rig, engine: Endpoint) -> None:
@@ -127,7 +103,9 @@ def test_a_prefill_engine_is_held_to_its_ttft_and_a_decode_engine_to_its_tbt(nod
             until(node, "late tokens are none of its business", lambda v: v["within_slo"], "prefill")
 
 
-def test_classes_of_the_configuration(node: Rig, engine: Endpoint) -> None:
+def test_classes_of_the_configuration(own: Rig, engine: Endpoint) -> None:
+    node = own
+    node.start()
     static = f"""
 [[replica]]
 name = "chat-0"

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from powerd.errors import ConfigError, RequestError
-from powerd.sim.replay import compare, policies, report, runner, scale, scenario, search, session, workload
+from powerd.sim.replay import compare, policies, report, runner, scale, scenario, search, session, signals, workload
 from powerd.sim.replay.compare import Comparison
 from powerd.sim.replay.generate import DAY_S, Shape, generate
 from powerd.sim.replay.policies import POLICIES
-from powerd.sim.replay.signals import Carbon
 from powerd.sim.replay.trace import WEEK_S, Trace
 from powerd_policies.dynamollm.classes import NAMES
 from powerd_policies.dynamollm.fleet import FleetController, FleetPlan, FleetState
@@ -280,7 +279,7 @@ def test_a_price_of_electricity_is_told_to_controllers_and_is_in_the_cost(hour: 
 
 
 def test_carbon_has_its_mean_its_midday_and_its_evening() -> None:
-    carbon = Carbon(scenario.PricesSection(), begin_week_s=DAY_S)
+    carbon = signals.carbon(scenario.PricesSection(), begin_week_s=DAY_S)
     day = carbon.over(np.arange(0.0, DAY_S, 60.0))
     assert day.mean() == pytest.approx(250, rel=0.01)
     assert carbon.at(12.5 * 3600) == pytest.approx(day.min())

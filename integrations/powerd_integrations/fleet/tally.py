@@ -65,7 +65,7 @@ class Tally:
 
     @property
     def lost(self) -> int:
-        """Requests whose client did not get what it asked for, through no fault of its own."""
+        """Requests that broke off, or that nobody could answer; refusals, also for want of room, are ``rejected``."""
         return self.outcomes["failed"]
 
     def arrived(self, request: Passed) -> None:

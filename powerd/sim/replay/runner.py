@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from powerd.sim.cluster import Cluster, ClusterConfig, Results
-from powerd.sim.replay.signals import Carbon, EnergyPrice
+from powerd.sim.replay.signals import Daily
 from powerd.sim.replay.workload import Workload
 from powerd_policies.dynamollm.classes import Classes
 from powerd_policies.dynamollm.engine_model import EngineModel
@@ -74,8 +74,8 @@ class Setting:
     classes: Classes
     config: ClusterConfig
     gpus: int
-    carbon: Carbon | None = None
-    price: EnergyPrice | None = None
+    carbon: Daily | None = None
+    price: Daily | None = None
     sample_s: float = 60.0
 
 

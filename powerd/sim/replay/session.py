@@ -22,7 +22,7 @@ from powerd.sim.replay.compare import Comparison, Summary
 from powerd.sim.replay.policies import POLICIES, cluster_config, known
 from powerd.sim.replay.runner import Setting
 from powerd.sim.replay.scenario import Scenario
-from powerd.sim.replay.signals import Carbon, EnergyPrice
+from powerd.sim.replay.signals import carbon, energy_price
 from powerd.sim.replay.trace import Trace, read
 from powerd.sim.replay.workload import Workload, workload
 from powerd_policies.dynamollm.classes import NAMES, Classes
@@ -70,8 +70,8 @@ def prepare(trace: Trace, scenario: Scenario, history: Trace | None = None, mode
     work = workload(trace, scenario, past)
     check(model, classes, work, scenario)
     setting = Setting(
-        model, classes, cluster_config(scenario), scenario.gpus, Carbon(scenario.prices, trace.begin_week_s),
-        EnergyPrice.of(scenario.prices, trace.begin_week_s), sample_s=max(5.0, trace.length_s / 1000),
+        model, classes, cluster_config(scenario), scenario.gpus, carbon(scenario.prices, trace.begin_week_s),
+        energy_price(scenario.prices, trace.begin_week_s), sample_s=max(5.0, trace.length_s / 1000),
     )  # fmt: skip
     return Comparison(scenario, work, setting, known(scenario, trace, history, past))
 

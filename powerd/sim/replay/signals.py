@@ -18,54 +18,41 @@ _EVENING_H, _EVENING_WIDTH_H = 20.0, 2.5
 
 
 @dataclass(frozen=True, slots=True)
-class Carbon:
-    """g/kWh by time of day; ``begin_week_s`` is the second of the week at time 0."""
+class Daily:
+    """A figure by time of day, in the unit of its ``mean``; ``begin_week_s`` is the second of the week at time 0."""
 
-    prices: PricesSection
-    begin_week_s: float = 0.0
+    mean: float
+    midday_dip: float
+    evening_rise: float
+    utc_offset_h: float
+    begin_week_s: float
 
     def at(self, now_s: float) -> float:
-        """Return the intensity at a moment."""
+        """Return it at a moment."""
         return float(self.over(np.array([now_s]))[0])
 
     def over(self, times_s: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the intensity at each time."""
-        hours = (times_s + self.begin_week_s) / 3600 + self.prices.utc_offset_h
-        p = self.prices
-        return _daily(hours, p.carbon_mean_g_per_kwh, p.carbon_midday_dip, p.carbon_evening_rise)
+        """Return it at each time."""
+        raw = self._raw((times_s + self.begin_week_s) / 3600 + self.utc_offset_h)
+        return np.asarray(self.mean * raw / float(self._raw(np.arange(0.0, 24.0, 0.05)).mean()))
+
+    def _raw(self, hours: NDArray[np.float64]) -> NDArray[np.float64]:
+        midday = self.midday_dip * _bump(hours, _MIDDAY_H, _MIDDAY_WIDTH_H)
+        return np.asarray(1 - midday + self.evening_rise * _bump(hours, _EVENING_H, _EVENING_WIDTH_H))
 
 
-@dataclass(frozen=True, slots=True)
-class EnergyPrice:
-    """USD/kWh by time of day; ``begin_week_s`` is the second of the week at time 0."""
-
-    prices: PricesSection
-    begin_week_s: float = 0.0
-
-    @classmethod
-    def of(cls, prices: PricesSection, begin_week_s: float = 0.0) -> EnergyPrice | None:
-        """Return the scenario's price; None where it states none."""
-        return cls(prices, begin_week_s) if prices.energy_mean_usd_per_kwh > 0 else None
-
-    def at(self, now_s: float) -> float:
-        """Return the price at a moment."""
-        return float(self.over(np.array([now_s]))[0])
-
-    def over(self, times_s: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the price at each time."""
-        hours = (times_s + self.begin_week_s) / 3600 + self.prices.utc_offset_h
-        p = self.prices
-        return _daily(hours, p.energy_mean_usd_per_kwh, p.energy_midday_dip, p.energy_evening_rise)
+def carbon(prices: PricesSection, begin_week_s: float = 0.0) -> Daily:
+    """Return the scenario's carbon intensity, g/kWh."""
+    p = prices
+    return Daily(p.carbon_mean_g_per_kwh, p.carbon_midday_dip, p.carbon_evening_rise, p.utc_offset_h, begin_week_s)
 
 
-def _daily(hours: NDArray[np.float64], mean: float, dip: float, rise: float) -> NDArray[np.float64]:
-    """Return the curve of a day with this mean."""
-
-    def raw(hours: NDArray[np.float64]) -> NDArray[np.float64]:
-        midday = dip * _bump(hours, _MIDDAY_H, _MIDDAY_WIDTH_H)
-        return np.asarray(1 - midday + rise * _bump(hours, _EVENING_H, _EVENING_WIDTH_H))
-
-    return np.asarray(mean * raw(hours) / float(raw(np.arange(0.0, 24.0, 0.05)).mean()))
+def energy_price(prices: PricesSection, begin_week_s: float = 0.0) -> Daily | None:
+    """Return the scenario's price of electricity, USD/kWh; None where it states none."""
+    p = prices
+    if p.energy_mean_usd_per_kwh <= 0:
+        return None
+    return Daily(p.energy_mean_usd_per_kwh, p.energy_midday_dip, p.energy_evening_rise, p.utc_offset_h, begin_week_s)
 
 
 def _bump(hours: NDArray[np.float64], centre_h: float, width_h: float) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from powerd.cli.choices import choice_line, choices_of, curve_table, front_of, points_of
 from powerd.cli.output import console
+from powerd.client import Client
 from powerd.demo import perseus, result, service
 from powerd.demo.children import Child, DemoError
 from powerd.demo.stage import START_S, Stage, stage
@@ -200,9 +201,18 @@ def _kill(here: Stage, gpus: int, hold_mhz: int) -> dict[str, Any]:
           " (real milliseconds since SIGKILL; simulated driver)")  # fmt: skip
     print(f"  power limits: {', '.join(sorted({f'{mw / 1000:g} W' for mw in message['limits_mw']}))} (simulated)\n")
     sys.stdout.flush()
+    _await_slow_readings(here)
     status = [sys.executable, "-m", "powerd.cli.main", "status"]
     subprocess.run(status, env=here.env, timeout=30, check=True)
     return {"restored": True, "restore_real_s": took_s}
+
+
+def _await_slow_readings(here: Stage) -> None:
+    """Utilisation is read once a second only: without this the table would show power of the load beside 0 % of before it."""
+    deadline_s = time.monotonic() + 5.0
+    with Client(here.env["POWERD_SOCKET"], timeout_s=10) as client:
+        while not all(r.utilization_percent for r in client.snapshot().readings) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
 
 
 def _until(reader: Child, after_ns: int, condition: Any, what: str, timeout_s: float = 20.0) -> dict[str, Any]:

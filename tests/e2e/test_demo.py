@@ -79,6 +79,7 @@ def test_the_main_job_measures_chooses_and_is_restored(tmp_path: Path) -> None:
     assert shown == [1410, hold, 1410]
     assert re.search(r"restored after \d+ ms", said)
     assert re.search(r"^0 +NVIDIA A100", said, re.MULTILINE), "powerctl status is shown"
+    assert not re.search(r"^\d +NVIDIA A100.* 0 %", said, re.MULTILINE), "no GPU is shown at work and unused"
     assert re.search(r"Stepped time: \d+ simulated seconds in \d+ s", said)
     assert left_running(str(tmp_path)) == []
 

@@ -28,6 +28,7 @@ from powerd_integrations.torch_pipeline import optimize
 
 WIDTH = 16
 MICROBATCHES = 4
+MOST_STEPS = 150
 UNITS = 0.03  # of a measured microbatch
 MEASURED_STAGES = (0, 2, 5, 7)
 
@@ -94,31 +95,49 @@ def build(name: str, rank: int, world: int, microbatches: int, gpu: Gpu) -> tupl
 
 @dataclass(frozen=True)
 class Phase:
-    """One training: how many steps, and what happens in it."""
+    """One training: for ``steps``, or until it has followed its plan for ``follows``; ``..._at`` counts from there too."""
 
-    steps: int
+    steps: int = MOST_STEPS
+    follows: int | None = None
     powerd: bool = True
     socket: str | None = None
-    evaluate_at: int = -1
-    disturb_at: int = -1
-    kill_at: int = -1
+    evaluate_at: int | None = None
+    disturb_at: int | None = None
+    kill_at: int | None = None
 
 
 PHASES = {
-    "alone": Phase(26, powerd=False),
-    "plain": Phase(26),
+    "alone": Phase(powerd=False),
+    "plain": Phase(follows=8),
     "missing": Phase(6, socket="/nonexistent/powerd.sock"),
-    "disturbed": Phase(24, evaluate_at=17, disturb_at=19),
-    "killed": Phase(22, kill_at=17),
+    "disturbed": Phase(follows=8, evaluate_at=2, disturb_at=4),
+    "killed": Phase(follows=6, kill_at=2),
 }
 
 
+class Following:
+    """How many steps the training goes on since every rank followed its plan; None before, however long planning takes."""
+
+    def __init__(self) -> None:
+        self.steps: int | None = None
+
+    def step(self, handle: Any) -> None:
+        """A step has ended, on every rank."""
+        if self.steps is not None:
+            self.steps += 1
+            return
+        whole = torch.tensor(handle.conductor is not None and len(handle.conductor._whole) > 0, dtype=torch.int)
+        dist.all_reduce(whole, dist.ReduceOp.MIN)
+        if whole.item():
+            self.steps = 0
+
+
 def train(name: str, phase: Phase, rank: int, world: int, gpu: Gpu, daemon: int) -> dict[str, Any]:
-    """Train for so many steps; losses as exact hexadecimal numbers, and what became of the clocks."""
+    """Train as the phase says; losses as exact hexadecimal numbers, and what became of the clocks."""
     gpu.off = not phase.powerd
     schedule, modules, first, last = build(name, rank, world, MICROBATCHES, gpu)
     optimizer = torch.optim.SGD([p for m in modules for p in m.parameters()], lr=0.05)
-    handle = None
+    handle, following = None, Following()
     if phase.powerd:
         client = None if phase.socket is None else Client(phase.socket, on_error="log")
         handle = optimize(
@@ -129,15 +148,18 @@ def train(name: str, phase: Phase, rank: int, world: int, gpu: Gpu, daemon: int)
     losses: list[str] = []
     weights: list[str] = []
     states: list[str] = []
-    for step in range(phase.steps):
+    for _ in range(phase.steps):
         x = torch.randn(2 * MICROBATCHES, WIDTH, generator=data)
         y = torch.randn(2 * MICROBATCHES, WIDTH, generator=data)
-        if step == phase.kill_at and rank == 0:
+        evaluating, disturbing, killing = (
+            at is not None and following.steps == at for at in (phase.evaluate_at, phase.disturb_at, phase.kill_at)
+        )
+        if killing and rank == 0:
             os.kill(daemon, signal.SIGKILL)
-        if step == phase.evaluate_at:
+        if evaluating:
             with torch.no_grad():
                 one_pass(schedule.eval, x, y, first, last)
-        if step == phase.disturb_at:  # the next step begins with something that no plan has
+        if disturbing:  # the next step begins with something that no plan has
             schedule._stage.forward_one_chunk = wrong_first(schedule._stage, handle.conductor)
         found = one_pass(schedule.step, x, y, first, last)
         losses.append(float(sum(loss.item() for loss in found)).hex() if found else "")
@@ -148,6 +170,10 @@ def train(name: str, phase: Phase, rank: int, world: int, gpu: Gpu, daemon: int)
         )
         if handle is not None and (not states or states[-1] != str(handle.state)):
             states.append(str(handle.state))
+        if phase.follows is not None:
+            following.step(handle)
+            if following.steps == phase.follows:
+                break
     said: dict[str, Any] = {"losses": losses, "weights": weights, "states": states}
     if handle is not None and handle.conductor is not None:
         said |= outcome(handle)

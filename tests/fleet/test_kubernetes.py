@@ -94,6 +94,9 @@ def test_groups_deployments_and_scaled_objects_are_the_same() -> None:
         words = engine["args"]
         ours = _arguments(words[: words.index("--")])
         assert (ours.pool, ours.tp, ours.planner) == (row.pool, row.tp, None), "the planner scrapes it: no second report"
+        slo, shorter = fleet().classes.by_prompt()
+        assert (ours.ttft, ours.tbt) == (slo.ttft_s, slo.tbt_s)
+        assert ours.ttft_up_to == [(each.max_prompt_tokens, each.ttft_s) for each in shorter], "what its pool serves"
         assert f"--tensor-parallel-size={row.tp}" in words
         assert engine["resources"]["limits"]["nvidia.com/gpu"] == row.tp
         grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]

@@ -186,7 +186,7 @@ def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     assert live.tick().replicas("LL", 8) == 2
 
 
-def test_bounds_of_a_group_hold_and_what_is_no_group_is_said_once() -> None:
+def test_bounds_of_a_group_hold_and_what_they_cut_is_said_once() -> None:
     clock, controller = Clock(), Scripted(ll8=20)
     live = planner(controller, clock)
     controller.counts[Group("SS", 2)] = 3
@@ -195,7 +195,19 @@ def test_bounds_of_a_group_hold_and_what_is_no_group_is_said_once() -> None:
         live.add_arrivals(report(second))
         plan = live.tick()
     assert plan.desired == {LL8: 12}
-    assert [event.detail for event in live.events()] == ["SS-tp2: wanted, but no group of this fleet"]
+    (event,) = [event for event in live.events() if event.kind == "infeasible"]
+    assert event.detail == "LL-tp8: 20 wanted, but max_replicas of the group is 12; SS-tp2: wanted, but no group of this fleet"
+    controller.counts[LL8] = 12
+    clock.s += 5.0
+    live.add_arrivals(report(13))
+    live.tick()
+    controller.counts[LL8] = 13
+    clock.s += 5.0
+    live.add_arrivals(report(14))
+    live.tick()
+    assert [event.detail for event in live.events() if event.kind == "infeasible"][1:] == [
+        "LL-tp8: 13 wanted, but max_replicas of the group is 12"
+    ], "again, because there was room between"
 
 
 def test_what_waits_at_an_instance_is_told_by_routers_where_its_engine_does_not() -> None:

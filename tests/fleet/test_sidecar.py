@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from powerd.model import SloClass
+from powerd.replicatypes import SloSpec
 from powerd_integrations.fleet import scrape
 from tests.e2e.live import LiveNode, command, free_port, wait_for
 from tests.fleet.test_settings import MODEL
@@ -65,8 +67,8 @@ def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_p
                   "--shutdown-timeout", "20"]  # fmt: skip
         sidecar = subprocess.Popen(
             [sys.executable, "-m", "powerd_integrations.fleet.sidecar", "--name", "pod/1", "--pool", "LL", "--tp", "4",
-             "--engine", engine_url, "--planner", planner_url, "--ttft", "2", "--tbt", "0.1", "--profile", "llama2-70b_h100",
-             "--settle", "1", "--", *engine],
+             "--engine", engine_url, "--planner", planner_url, "--ttft", "2", "--ttft-up-to", "255=0.25", "--tbt", "0.1",
+             "--profile", "llama2-70b_h100", "--settle", "1", "--", *engine],
             env={**node.env, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     try:
@@ -78,6 +80,8 @@ def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_p
         assert [(row["id"], row["pool"], row["tp"]) for row in plan["serving"]] == [("pod/1", "LL", 4)]
         assert plan["desired_replicas"] == [{"pool": "LL", "tp": 4, "replicas": 2, "clock_mhz": 1980}]
         assert plan["held"] == "no router has reported yet"
+        (view,) = node.client.replicas()
+        assert view.slo == SloSpec(2.0, 0.1, (SloClass(255, 0.25),))
         wait_for("powerd lowers the idle engine's clocks", lambda: locked(node) == 4)
         wait_for("the planner is told the clock", lambda: 0 < get(f"{planner_url}/v1/plan")["serving"][0]["clock_mhz"] < 1980)
 

@@ -75,7 +75,7 @@ class LivePlanner:
         # Least and most replicas of each group that an autoscaler knows: every plan names them, also with 0.
         self._groups = dict(groups)
         self._begun_s = now_s()
-        self._nobodys: frozenset[Group] = frozenset()  # wanted, and no group of ours
+        self._cut: frozenset[Group] = frozenset()  # wanted, and more than the groups may have
         self._now_s, self._unix_s = now_s, unix_s
         self._lock = threading.Lock()
         self._seen = Observations(now_s(), options.gone_after_s)
@@ -210,11 +210,12 @@ class LivePlanner:
             raise ValueError(f"a plan with tensor parallelism {unknown}")
         self._wanted, self._decided_s, self._decided_unix_s = plan, now_s, self._unix_s()
         self._note(plan.events)
-        nobodys = frozenset(Group(want.pool, want.tp) for want in plan.instances) - self._groups.keys()
-        if nobodys - self._nobodys:
-            named = ", ".join(map(str, sorted(nobodys)))
-            self._note([FleetEvent(now_s, "infeasible", self._controller.name, f"{named}: wanted, but no group of this fleet")])
-        self._nobodys = nobodys
+        counts = Counter(Group(want.pool, want.tp) for want in plan.instances)
+        cut = {group: count for group, count in counts.items() if count > self._groups.get(group, (0, 0))[1]}
+        if cut.keys() - self._cut:
+            said = "; ".join(_says_cut(group, cut[group], self._groups) for group in sorted(cut.keys() - self._cut))
+            self._note([FleetEvent(now_s, "infeasible", self._controller.name, said)])
+        self._cut = frozenset(cut)
 
     def _note(self, events: Iterable[FleetEvent]) -> None:
         with self._lock:
@@ -273,3 +274,10 @@ def _wanted(plan: FleetPlan, groups: Mapping[Group, tuple[int, int]]) -> handove
     """Count the wanted instances by group, within the bounds that the autoscaler has; what is no group is nobody's to start."""
     counts = Counter(Group(want.pool, want.tp) for want in plan.instances)
     return handover.Wanted({group: min(most, max(least, counts[group])) for group, (least, most) in groups.items()}, plan.routes)
+
+
+def _says_cut(group: Group, wanted: int, groups: Mapping[Group, tuple[int, int]]) -> str:
+    """Say why the fleet has less of a group than the controller wants."""
+    if group not in groups:
+        return f"{group}: wanted, but no group of this fleet"
+    return f"{group}: {wanted} wanted, but max_replicas of the group is {groups[group][1]}"

@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL) if command else None
     client = Client(args.socket, on_error="log")
     with client.register_replica(
-        args.name, pool=args.pool, metrics_url=sidecar.url, ttft_s=args.ttft, tbt_s=args.tbt, tp=args.tp, profile=args.profile
-    ) as replica:
+        args.name, pool=args.pool, metrics_url=sidecar.url, ttft_s=args.ttft, tbt_s=args.tbt, classes=dict(args.ttft_up_to),
+        tp=args.tp, profile=args.profile,
+    ) as replica:  # fmt: skip
         print(f"powerd-sidecar: {args.name} of {args.pool} at TP{args.tp}", flush=True)
         while not stop.wait(1.0) and (child is None or child.poll() is None):
             views = client.replicas() if replica.held else ()
@@ -108,8 +109,10 @@ def _arguments(words: list[str]) -> argparse.Namespace:
         "--engine", default="http://127.0.0.1:8000", metavar="URL", help="where it listens (default: %(default)s)"
     )
     parser.add_argument("--planner", metavar="URL", help="report to this planner; not where it scrapes the engine itself")
-    parser.add_argument("--ttft", type=float, required=True, metavar="S", help="SLO: seconds to the first token")
-    parser.add_argument("--tbt", type=float, required=True, metavar="S", help="SLO: seconds between tokens")
+    parser.add_argument("--ttft", type=float, metavar="S", help="SLO: seconds to the first token")
+    parser.add_argument("--ttft-up-to", type=_shorter, action="append", default=[], metavar="TOKENS=S",
+                        help="a shorter one for prompts of at most so many tokens; may be repeated")  # fmt: skip
+    parser.add_argument("--tbt", type=float, metavar="S", help="SLO: seconds between tokens; this or --ttft, or both")
     parser.add_argument("--profile", help="by which powerd knows the engine's speed and power")
     parser.add_argument("--socket", help="of the node's powerd, where it is not in its usual place")
     parser.add_argument("--settle", type=float, default=10.0, metavar="S",
@@ -118,7 +121,17 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     for url in (args.engine, args.planner or "http://"):
         if not url.startswith(("http://", "https://")):
             parser.error(f"a URL begins with http:// or https://, not {url!r}")
+    if args.ttft is None and args.tbt is None:
+        parser.error("an SLO is missing: --ttft, --tbt or both")
     return args
+
+
+def _shorter(word: str) -> tuple[int, float]:
+    tokens, _, seconds = word.partition("=")
+    try:
+        return int(tokens), float(seconds)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"prompt tokens, = and seconds, such as 255=0.25, not {word!r}") from None
 
 
 if __name__ == "__main__":

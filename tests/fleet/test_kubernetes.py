@@ -92,7 +92,8 @@ def test_groups_deployments_and_scaled_objects_are_the_same() -> None:
         assert "replicas" not in deployment["spec"], "the autoscaler's"
         (engine,) = containers(deployment)
         words = engine["args"]
-        ours = _arguments(words[: words.index("--")])
+        ours = _arguments(words[: words.index("--")], words[words.index("--") + 1 :])
+        assert ours.chunk_tokens == fleet().engine.chunk_tokens
         assert (ours.pool, ours.tp, ours.planner) == (row.pool, row.tp, None), "the planner scrapes it: no second report"
         slo, shorter = fleet().classes.by_prompt()
         assert (ours.ttft, ours.tbt) == (slo.ttft_s, slo.tbt_s)

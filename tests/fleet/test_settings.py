@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import pytest
 
+from powerd.client import Client
 from powerd.errors import RequestError
 from powerd_integrations.fleet import settings as configured
 from powerd_integrations.fleet.__main__ import controller, main
 from powerd_integrations.fleet.policy import build
+from powerd_integrations.ray_serve.node import NodeLease
 from powerd_policies.dynamollm.classes import NAMES, Slo
 from powerd_policies.dynamollm.fleet import ClassLoad, FleetState
 from powerd_policies.dynamollm.knobs import POLICIES
@@ -153,8 +155,45 @@ def test_a_good_file_is_said_to_be_good(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == f"{file}: dynamollm every 5 s over LL-tp8\n"
 
 
+@pytest.mark.parametrize("more", ['"--max-num-batched-tokens=512"', '"--max-num-batched-tokens", "512"',
+                                  '"--max-num-batched-tokens={chunk_tokens}"'])  # fmt: skip
+def test_an_engine_with_the_chunk_that_powerd_counts_with_is_taken(more: str) -> None:
+    assert configured.parse(GOOD + f'[engine]\ncommand = ["/opt/v/bin/vllm", "serve", "m", {more}]\n').engine.chunk_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ('"vllm", "serve", "m"', "lacks --max-num-batched-tokens=512"),
+        ('"python", "-m", "vllm.entrypoints.openai.api_server"', "lacks --max-num-batched-tokens=512"),
+        ('"vllm", "serve", "m", "--max-num-batched-tokens=8192"', "says --max-num-batched-tokens=8192, powerd counts with"),
+        ('"python", "-m", "sglang.launch_server", "--chunked-prefill-size", "-1"', "says --chunked-prefill-size=-1"),
+    ],
+)
+def test_an_engine_with_another_chunk_or_none_is_refused(command: str, said: str) -> None:
+    """Its gaps would be longer than the clocks that powerd chooses allow for."""
+    with pytest.raises(RequestError, match=said):
+        configured.parse(GOOD + f"[engine]\ncommand = [{command}]\n")
+
+
+def test_the_policy_counts_with_the_engines_chunk() -> None:
+    fleets = [
+        build(configured.parse(GOOD.replace("POLICY", "dynamollm") + f"[engine]\nchunk_tokens = {n}\n")) for n in (512, 640)
+    ]
+    assert [fleet.capacity.chunk_tokens for fleet in fleets] == [512, 640]  # type: ignore[attr-defined]
+
+
+def test_the_nodes_powerd_is_told_the_engines_chunk_and_slo(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(Client, "register_replica", lambda _, name, **said: told.update(said, name=name))
+    settings = configured.parse(GOOD.replace("POLICY", "dynamollm") + "[engine]\nchunk_tokens = 640\n")
+    NodeLease(settings, settings.groups[0], "LL-tp8-1", "http://127.0.0.1:1/metrics")
+    assert (told["name"], told["tp"], told["chunk_tokens"]) == ("LL-tp8-1", 8, 640)
+    assert (told["ttft_s"], told["tbt_s"]) == (2.0, 0.1)
+
+
 def test_priorities_for_an_engine_that_was_not_started_to_go_by_them_are_refused() -> None:
-    engine = '[engine]\npriorities = true\ncommand = ["vllm", "serve", "m"{more}]\n'
+    engine = '[engine]\npriorities = true\ncommand = ["vllm", "serve", "m", "--max-num-batched-tokens=512"{more}]\n'
     with pytest.raises(RequestError, match="--scheduling-policy=priority"):
         configured.parse(GOOD + engine.replace("{more}", ""))
     assert configured.parse(GOOD + engine.replace("{more}", ', "--scheduling-policy=priority"')).engine.priorities

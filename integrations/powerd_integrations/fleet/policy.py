@@ -50,7 +50,7 @@ def build(settings: FleetSettings, *, epoch_s: float = 0.0) -> FleetController:
         forecast = policies.forecaster(epoch_s=epoch_s, knobs=_turned(policies.FORECAST, settings.forecast, "[forecast]"))
         return policies.build(
             name, model=model, classes=settings.classes, gpus=settings.planner.gpus, knobs=knobs, predictor=forecast,
-            overheads=_overheads(settings.planner.start_s),
+            chunk_tokens=settings.engine.chunk_tokens, overheads=_overheads(settings.planner.start_s),
         )  # fmt: skip
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise RequestError(f"[policy] of {name}: {error}", code="bad_value") from None

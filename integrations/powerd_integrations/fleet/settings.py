@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from powerd.errors import RequestError
+from powerd_integrations.fleet import chunk
 from powerd_integrations.fleet.handover import Limits
 from powerd_integrations.fleet.planner import PlannerOptions
 from powerd_integrations.fleet.published import Group
@@ -78,11 +79,12 @@ class ClassesSection:
 class EngineSection:
     """``[engine]``: how a replica starts its engine, or where one runs already."""
 
-    command: tuple[str, ...] = ()  # {port}, {metrics_port}, {tp}, {pool}, {gpus} and {id} are filled in
+    command: tuple[str, ...] = ()  # {port}, {metrics_port}, {tp}, {pool}, {gpus}, {id}, {chunk_tokens} are filled in
     url: str = ""  # instead of a command
     metrics_url: str = ""  # {metrics_port} is filled in; /metrics of the engine itself where empty
     env: Mapping[str, str] = field(default_factory=dict)
     profile: str = ""  # by which powerd knows the engine's speed and power; empty: it only parks idle clocks
+    chunk_tokens: int = 512  # prompt tokens of one iteration at most: the command's --max-num-batched-tokens (vLLM)
     health: str = "/health"
     start_timeout_s: float = 900.0
     request_timeout_s: float = 600.0
@@ -199,6 +201,10 @@ def _check(settings: FleetSettings, name: str) -> None:
         raise _bad(name, "[planner] wave_ratio: above 0, at most 1")
     if settings.engine.command and settings.engine.url:
         raise _bad(name, "[engine] has a command and a url: a replica starts its engine or uses one, not both")
+    if not 1 <= settings.engine.chunk_tokens <= 1 << 20:
+        raise _bad(name, "[engine] chunk_tokens: 1 to 1048576")
+    if wrong := chunk.problem(settings.engine.command, settings.engine.chunk_tokens):
+        raise _bad(name, f"[engine] {wrong}")
     if settings.engine.priorities and settings.engine.command and not any("priority" in word for word in settings.engine.command):
         raise _bad(name, "[engine] priorities: the command starts an engine that does not go by them; vLLM's option is "
                          "--scheduling-policy=priority")  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Final
 
 from powerd.client import Client
-from powerd_integrations.fleet import scrape
+from powerd_integrations.fleet import chunk, scrape
 from powerd_integrations.fleet.reporter import InstanceReporter, PlannerLink
 from powerd_policies.dynamollm.fleet import InstanceLoad, InstanceState, Phase
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the engine, or stand beside one that runs, until SIGTERM and the engine's end; its exit code."""
     words = sys.argv[1:] if argv is None else argv
     command = words[words.index("--") + 1 :] if "--" in words else []
-    args = _arguments(words[: words.index("--")] if "--" in words else words)
+    args = _arguments(words[: words.index("--")] if "--" in words else words, command)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     client = Client(args.socket, on_error="log")
     with client.register_replica(
         args.name, pool=args.pool, metrics_url=sidecar.url, ttft_s=args.ttft, tbt_s=args.tbt, classes=dict(args.ttft_up_to),
-        tp=args.tp, profile=args.profile,
+        tp=args.tp, profile=args.profile, chunk_tokens=args.chunk_tokens,
     ) as replica:  # fmt: skip
         print(f"powerd-sidecar: {args.name} of {args.pool} at TP{args.tp}", flush=True)
         while not stop.wait(1.0) and (child is None or child.poll() is None):
@@ -97,7 +97,7 @@ def _drained(sidecar: Sidecar, child: subprocess.Popen[bytes] | None, settle_s: 
     return child.wait()
 
 
-def _arguments(words: list[str]) -> argparse.Namespace:
+def _arguments(words: list[str], command: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="powerd_integrations.fleet.sidecar", usage="%(prog)s [options] [-- ENGINE...]",
         description="Registers an engine with this node's powerd and with the planner, and ends it without losing requests.",
@@ -113,6 +113,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--ttft-up-to", type=_shorter, action="append", default=[], metavar="TOKENS=S",
                         help="a shorter one for prompts of at most so many tokens; may be repeated")  # fmt: skip
     parser.add_argument("--tbt", type=float, metavar="S", help="SLO: seconds between tokens; this or --ttft, or both")
+    parser.add_argument("--chunk-tokens", type=int, default=512, metavar="TOKENS",
+                        help="prompt tokens of an iteration: vLLM's --max-num-batched-tokens (default: %(default)s)")  # fmt: skip
     parser.add_argument("--profile", help="by which powerd knows the engine's speed and power")
     parser.add_argument("--socket", help="of the node's powerd, where it is not in its usual place")
     parser.add_argument("--settle", type=float, default=10.0, metavar="S",
@@ -123,6 +125,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
             parser.error(f"a URL begins with http:// or https://, not {url!r}")
     if args.ttft is None and args.tbt is None:
         parser.error("an SLO is missing: --ttft, --tbt or both")
+    if wrong := chunk.problem(command, args.chunk_tokens):
+        parser.error(wrong)
     return args
 
 

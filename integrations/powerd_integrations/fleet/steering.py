@@ -78,7 +78,7 @@ class Steering:
         self, settings: FleetSettings, model: EngineModel, source: PlanSource, counter: ArrivalCounter, send: Send
     ) -> None:
         self._settings, self._model, self._source, self._counter, self._send = settings, model, source, counter, send
-        self.router = Router(model, settings.classes)
+        self.router = Router(model, settings.classes, settings.engine.chunk_tokens)
         self._sizes = OutputSizes(settings.classes)
         self._groups: dict[str, Group] = {}
         self._seen: tuple[object, object] | None = None

@@ -128,7 +128,7 @@ class EngineReplica:
             raise EngineError("[engine] has neither a command nor a url")
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         fill = {"port": str(port), "metrics_port": str(metrics_port), "tp": str(self._tp), "pool": self._pool, "gpus": gpus,
-                "id": self.id}  # fmt: skip
+                "id": self.id, "chunk_tokens": str(engine.chunk_tokens)}  # fmt: skip
         command = [_filled(word, fill) for word in engine.command]
         argv = [sys.executable, "-m", "powerd_integrations.ray_serve.leash", *command]
         self._child = subprocess.Popen(argv, stdin=subprocess.PIPE, env={**os.environ, **engine.env})

@@ -33,7 +33,7 @@ class NodeLease:
         try:
             self._replica = self._client.register_replica(
                 name, pool=row.pool, metrics_url=metrics_url, ttft_s=slo.ttft_s, tbt_s=slo.tbt_s, classes=classes,
-                tp=row.tp, profile=settings.engine.profile or None,
+                tp=row.tp, profile=settings.engine.profile or None, chunk_tokens=settings.engine.chunk_tokens,
             )  # fmt: skip
         except PowerdError as error:
             log.warning("this node's powerd holds no clock for %s, it runs at full clock: %s", name, error)

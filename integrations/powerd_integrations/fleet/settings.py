@@ -55,7 +55,7 @@ class GroupSection:
     tp: int
     max_replicas: int
     min_replicas: int = 0
-    ttft_s: float = 0.0  # SLO of its clocks; 0: its class's, or those of all classes where the pool is none
+    ttft_s: float = 0.0  # SLO of its clocks; 0: its class's and shorter prompts', or those of all classes
     tbt_s: float = 0.0
     targets: tuple[str, ...] = ()  # http://host:port/metrics, or dns://service:port for every address behind a name
 
@@ -128,13 +128,16 @@ class FleetSettings:
     def slo_of(self, row: GroupSection) -> tuple[Slo, dict[int, float]]:
         """Return what a group's replicas are held to, and the TTFT of shorter prompts: prompt tokens, at most -> seconds.
 
-        A pool of a class keeps that class's SLO, any other the SLOs of all classes; ``ttft_s`` of its row is that of all prompts.
+        A pool of a class keeps that class's SLO, any other the SLOs of all classes. Either may be sent shorter prompts, and keeps
+        the TTFT that is promised to these, unless its row says one ``ttft_s`` for all prompts.
         """
-        slo, shorter = self.classes.by_prompt()
-        if (named := self.classes.slos.get(row.pool)) is not None or row.ttft_s:
-            slo, shorter = named or slo, ()
-        classes = {each.max_prompt_tokens: each.ttft_s for each in shorter if each.max_prompt_tokens is not None}
-        return Slo(row.ttft_s or slo.ttft_s, row.tbt_s or slo.tbt_s), classes
+        every, shorter = self.classes.by_prompt()
+        slo = self.classes.slos.get(row.pool, every)
+        ttft_s = row.ttft_s or slo.ttft_s
+        classes = {} if row.ttft_s else {
+            each.max_prompt_tokens: each.ttft_s for each in shorter if each.max_prompt_tokens and each.ttft_s < ttft_s
+        }  # fmt: skip
+        return Slo(ttft_s, row.tbt_s or slo.tbt_s), classes
 
     @property
     def bounds(self) -> dict[Group, tuple[int, int]]:

@@ -8,6 +8,7 @@ not from powerd.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -18,11 +19,12 @@ import pytest
 from powerd.replicatypes import ReplicaView
 from powerd_integrations.fleet.published import Group
 from tests.e2e.live import wait_for
-from tests.ray.rig import GPUS, POOL, STRICT, Outcome, Service
+from tests.ray.rig import GPUS, POOL, STRICT, TTFT_S, Outcome, Service
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 MAX_MHZ = 1980
+OVERLOAD = 60  # requests of 8,000 tokens: more than half a minute of all engines together
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,28 @@ def test_a_killed_replica_costs_no_request(service: Service) -> None:
     after = service.load_until(lambda: service.serving() == {2: 1}, rate=1.0)
     assert in_slo(all_answered(after, 20)) == 1.0
     wait_for("no engine or page is left but the one replica's, also none of the killed one", lambda: engines_alive(service) == 2)
+
+
+def test_an_overload_is_refused_early_and_the_rest_answered_and_it_ends(service: Service) -> None:
+    """More prompts at once than eight GPUs compute within their TTFT: the ladder's last rung, rejection, by real Ray."""
+    sent = [service.send(tokens=5, prompt=8000) for _ in range(OVERLOAD)]
+    outcomes = [future.result(timeout=60) for future in sent]
+    refused = [o for o in outcomes if o.status == 503]
+    answered = [o for o in outcomes if o.status == 200 and o.whole and o.tokens == 5 and not o.error]
+    assert len(refused) + len(answered) == OVERLOAD, [o for o in outcomes if o not in refused and o not in answered]
+    assert refused
+    assert answered
+    waits_s = [float(found[1]) for o in refused if (found := re.search(r"overload: it waited (\S+) s", o.error))]
+    assert len(waits_s) == len(refused)
+    assert TTFT_S <= min(waits_s) <= max(waits_s) < 3 * TTFT_S, "told early, and nobody before it is late"
+
+    def told() -> int:
+        rows = [detail for kind, _, detail in service.events() if kind == "emergency"]
+        return sum(int(found[1]) for detail in rows if (found := re.search(r"(\d+) were rejected", detail)))
+
+    wait_for("the planner knows of every one", lambda: told() == len(refused))
+    after = service.load_until(lambda: service.serving() == {2: 1}, rate=1.0)
+    assert in_slo(all_answered(after[-5:], 20)) == 1.0
 
 
 def test_a_killed_daemon_leaves_no_clock_behind(service: Service) -> None:

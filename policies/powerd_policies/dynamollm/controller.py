@@ -16,7 +16,7 @@ from powerd_policies.dynamollm.caution import Caution
 from powerd_policies.dynamollm.classes import Slo
 from powerd_policies.dynamollm.clocks import Clocks, parts_of, promised
 from powerd_policies.dynamollm.cluster import ClusterController, Pools, needs
-from powerd_policies.dynamollm.emergency import Emergencies, Measures, slack_of
+from powerd_policies.dynamollm.emergency import Emergencies, Measures, Patience, slack_of
 from powerd_policies.dynamollm.fleet import ClassLoad, FleetEvent, FleetPlan, FleetState, InstanceState
 from powerd_policies.dynamollm.fragments import PARTITIONS, routes
 from powerd_policies.dynamollm.gate import Gate, reshard_j
@@ -60,7 +60,7 @@ class Fleet:
         self.gate = Gate(horizon_s=knobs.horizon_s, every_s=knobs.pool_s)
         self.recent = Recent(max(120.0, knobs.surge_s))
         self.clocks = Clocks(knobs, capacity, self.pool, self.recent)
-        self.emergencies = Emergencies()
+        self.emergencies = Emergencies(Patience.of(knobs.period_s))
         self.caution = Caution()
         self.pools = self._reference()
         self.shapes: dict[str, tuple[Shape, ...]] = {}

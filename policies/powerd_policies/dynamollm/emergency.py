@@ -67,6 +67,11 @@ class Patience:
     down_s: float = 30.0
     down_slack_share: float = 0.3  # of the TTFT that was promised
 
+    @classmethod
+    def of(cls, period_s: float) -> Patience:
+        """A rung for every look that a controller takes; six of them with slack lead down."""
+        return cls(period_s, 6 * period_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Ladder:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerd_policies.dynamollm.classes import Slo
+from powerd.sim import enginemodels
+from powerd_policies.dynamollm import policies
+from powerd_policies.dynamollm.classes import Classes, Slo
 from powerd_policies.dynamollm.emergency import (
     LADDER,
     Emergencies,
@@ -18,7 +22,8 @@ from powerd_policies.dynamollm.emergency import (
     advance,
     slack_of,
 )
-from powerd_policies.dynamollm.fleet import InstanceLoad
+from powerd_policies.dynamollm.fleet import FleetState, InstanceLoad, InstanceState
+from powerd_policies.dynamollm.knobs import POLICIES
 from tests.policies.dynamollm.engines import engine
 
 SLO = Slo(0.25, 0.1)
@@ -70,6 +75,18 @@ def test_rungs_are_given_their_time_and_what_is_unknown_moves_nothing() -> None:
     assert fleet.rung("a") == Rung.REORDER
     fleet.update(20.0, {"a": (None, 1.0)})
     assert fleet.rung("a") == Rung.REORDER
+
+
+@pytest.mark.parametrize("period_s", [0.5, 5.0])
+def test_each_rung_is_given_one_period_of_the_controller(period_s: float) -> None:
+    """A service that looks twice a second does not wait twenty seconds before it refuses what it cannot serve."""
+    model, classes = enginemodels.load(), Classes()
+    knobs = replace(POLICIES["dynamollm"], period_s=period_s)
+    controller = policies.build("dynamollm", model=model, classes=classes, gpus=8, knobs=knobs)
+    full = InstanceLoad(running=1, queued=60, queued_prompt_tokens=480_000, oldest_wait_s=9.0)
+    states = (InstanceState("a", "LL", 8, model.max_clock_mhz, load=full),)
+    refuses = [bool(controller.decide(FleetState(n * period_s, period_s, states, {}, 8)).shed) for n in range(5)]
+    assert refuses == [False, False, False, True, True]
 
 
 def test_an_instance_that_is_gone_leaves_with_an_event_and_comes_back_calm() -> None:

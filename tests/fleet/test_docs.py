@@ -18,7 +18,7 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def test_the_file_that_is_shown_can_be_used() -> None:
-    (block,) = [b for b in markdown.blocks("text") if b.page == PAGE]
+    (block,) = [b for b in markdown.blocks("text") if b.page == PAGE and b.text.startswith("[planner]")]
     settings = configured.parse(block.text.replace('"engine.csv"', f'"{MODEL}"'))
     assert build(settings).name == "dynamollm"
     assert settings.engine.command[0] == "vllm"

@@ -132,6 +132,23 @@ def test_a_killed_replica_costs_no_request(service: Service) -> None:
     wait_for("no engine or page is left but the one replica's, also none of the killed one", lambda: engines_alive(service) == 2)
 
 
+def test_when_the_only_engine_is_killed_answers_go_on_at_the_next_one(service: Service) -> None:
+    """A replica without an engine, which refuses at once, must not use up every attempt; who waits beyond its TTFT is told so."""
+    (name,) = [one.id for one in service.plan().serving]
+    begun = [service.open(tokens=200) for _ in range(3)]
+    heads = [answer.readline() for answer in begun]
+    os.kill(int((service.live.root / f"{name}.engine").read_text()), signal.SIGKILL)
+
+    def replaced() -> bool:
+        return name not in {one.id for one in service.plan().serving} and service.serving() == {2: 1}
+
+    sent = service.load_until(replaced, rate=2.0)
+    texts = [head + answer.read() for head, answer in zip(heads, begun, strict=True)]
+    assert [text.count(b'"text":"tok "') for text in texts] == [200] * 3, texts
+    refused = [o for o in (future.result(timeout=60) for future in sent) if o.status == 503 and "overload: it waited" in o.error]
+    all_answered([future for future in sent if future.result() not in refused], 20)
+
+
 def test_an_overload_is_refused_early_and_the_rest_answered_and_it_ends(service: Service) -> None:
     """More prompts at once than eight GPUs compute within their TTFT: the ladder's last rung, rejection, by real Ray."""
     sent = [service.send(tokens=5, prompt=8000) for _ in range(OVERLOAD)]

@@ -63,13 +63,15 @@ class ReplicaClocks:
     """Registers every replica with the daemon's instance manager, which reads its metrics and holds the lowest safe clock.
 
     ``slos`` by pool, for all its prompts; those of other pools are promised ``default``, and shorter prompts of them ``classes``.
-    ``profile`` is what the daemon knows the engine by.
+    ``profile`` is what the daemon knows the engine by; ``chunk_tokens`` are the prompt tokens of one iteration, the launcher's.
     """
 
     def __init__(
-        self, client: Client, profile: str, slos: Mapping[str, Slo], default: Slo, classes: Sequence[PromptSlo] = ()
-    ) -> None:
+        self, client: Client, profile: str, slos: Mapping[str, Slo], default: Slo, classes: Sequence[PromptSlo] = (),
+        chunk_tokens: int = 512,
+    ) -> None:  # fmt: skip
         self._client, self._profile, self._slos, self._default = client, profile, slos, default
+        self._chunk_tokens = chunk_tokens
         self._classes = {each.max_prompt_tokens: each.ttft_s for each in classes if each.max_prompt_tokens is not None}
         self._replicas: dict[str, tuple[str, Replica]] = {}  # id -> pool as registered
 
@@ -82,7 +84,7 @@ class ReplicaClocks:
         replica = await asyncio.to_thread(
             self._client.register_replica, handle.id, pool=want.pool, metrics_url=handle.metrics_url, ttft_s=slo.ttft_s,
             tbt_s=slo.tbt_s, classes={} if want.pool in self._slos else self._classes, gpus=list(handle.gpus), tp=want.tp,
-            profile=self._profile,
+            profile=self._profile, chunk_tokens=self._chunk_tokens,
         )  # fmt: skip
         self._replicas[handle.id] = (want.pool, replica)
 

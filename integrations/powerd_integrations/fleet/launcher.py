@@ -21,12 +21,12 @@ from typing import BinaryIO, Final, Protocol
 #: Production. vLLM aborts what is in flight on SIGTERM unless told how long it may take.
 VLLM: Final = (
     "vllm", "serve", "{model}", "--host", "127.0.0.1", "--port", "{port}", "--tensor-parallel-size", "{tp}",
-    "--shutdown-timeout", "{drain_s}",
+    "--shutdown-timeout", "{drain_s}", "--max-num-batched-tokens", "{chunk_tokens}",
 )  # fmt: skip
 #: The simulated engine, on a simulated node.
 SIMULATED: Final = (
     sys.executable, "-m", "powerd.main", "sim", "engine", "--port", "{port}", "--tp", "{tp}", "--gpus", "{gpus}",
-    "--model", "{model}", "--shutdown-timeout", "{drain_s}",
+    "--model", "{model}", "--shutdown-timeout", "{drain_s}", "--chunk-tokens", "{chunk_tokens}",
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -69,7 +69,8 @@ class Launcher(Protocol):
 
 @dataclass
 class CommandLauncher:
-    """Engines as child processes; ``{port}``, ``{tp}``, ``{gpus}``, ``{model}``, ``{drain_s}`` and ``{id}`` are filled in.
+    """Engines as child processes; ``{port}``, ``{tp}``, ``{gpus}``, ``{model}``, ``{drain_s}``, ``{chunk_tokens}``, ``{id}`` are
+    filled in.
 
     ``gpus`` are what ``CUDA_VISIBLE_DEVICES`` understands. A block of neighbours is taken where one is free.
     """
@@ -78,6 +79,7 @@ class CommandLauncher:
     model: str
     command: Sequence[str] = VLLM
     drain_s: float = 600.0
+    chunk_tokens: int = 512  # prompt tokens of one iteration; give Router and ReplicaClocks the same
     env: Mapping[str, str] = field(default_factory=dict)
     logs: Path | None = None  # a file per engine; else its output is dropped
     host: str = "127.0.0.1"
@@ -97,6 +99,7 @@ class CommandLauncher:
                 "gpus": ",".join(gpus),
                 "model": self.model,
                 "drain_s": f"{self.drain_s:g}",
+                "chunk_tokens": self.chunk_tokens,
                 "id": id_,
             }
             words = [word.format(**values) for word in self.command]

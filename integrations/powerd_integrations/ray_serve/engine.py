@@ -1,8 +1,8 @@
 """One replica: starts an engine, waits until it is healthy, passes requests to it, reports it, drains it, ends it.
 
 House rules: an engine never outlives its replica (`leash`); a request that an engine broke off is an error that the router can
-retry, never a short answer; the node's powerd and the planner may be away: serving goes on and it is said once; a replica whose
-engine is gone says that it is unhealthy, so that Serve replaces it.
+retry, never a short answer; the node's powerd and the planner may be away: serving goes on and it is said once; a replica ends
+with its engine, so that Serve replaces it and sends it nothing: one that went on refusing at once would draw all requests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -52,6 +53,8 @@ class EngineReplica:
         self._wait_until_healthy()
         self._phase = "serving"
         self._node = NodeLease(settings, row, self.id, self._metrics_url)
+        if self._child is not None:
+            threading.Thread(target=self._end_with, args=(self._child,), name="powerd-engine", daemon=True).start()
         self._reporter = InstanceReporter(PlannerLink(settings.service.planner, token), self.state)
 
     # --- what Serve calls -----------------------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ class EngineReplica:
         return {name: value for name, value in known.items() if value is not None}
 
     def check_health(self) -> None:
-        """Raise EngineError when the engine is gone: Serve starts another replica."""
+        """Raise EngineError when the engine is gone."""
         if self._child is not None and self._child.poll() is not None:
             raise EngineError(f"the engine of {self.id} ended with {self._child.returncode}")
 
@@ -149,6 +152,12 @@ class EngineReplica:
                     waited = f"{self._settings.engine.start_timeout_s:g} s"
                     raise EngineError(f"the engine of {self.id} is not healthy after {waited}: {error}") from None
             time.sleep(POLL_S)
+
+    def _end_with(self, child: subprocess.Popen[bytes]) -> None:
+        code = child.wait()
+        if self._phase == "serving":
+            log.error("the engine of %s ended with %d: so does its replica, and Serve starts another", self.id, code)
+            os._exit(1)  # Serve learns of it at once; what a health check finds comes some periods later
 
     def _stop(self) -> None:
         if self._child is None:

@@ -77,11 +77,11 @@ class Requests:
     @classmethod
     def of(
         cls,
-        arrival_s: Sequence[float] | Floats,
-        prompt_tokens: Sequence[int] | Ints,
-        output_tokens: Sequence[int] | Ints,
+        arrival_s: Sequence[float] | npt.NDArray[np.floating[Any]],
+        prompt_tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        output_tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
         classes: Classes | None = None,
-        predicted_tokens: Sequence[int] | Ints | None = None,
+        predicted_tokens: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
     ) -> Requests:
         """Classify requests by true and by predicted length; without a prediction the prediction is the truth."""
         classes = classes or Classes()

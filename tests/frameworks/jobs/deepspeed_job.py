@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
@@ -17,7 +19,7 @@ deepspeed.ops.__compatible_ops__.clear()  # else its CPU communication is compil
 deepspeed.init_distributed("gloo")
 
 
-def build():
+def build() -> Any:
     torch.manual_seed(3)
     module = PipelineModule(
         layers=[LayerSpec(Layer) for _ in range(WORLD)], num_stages=WORLD, loss_fn=torch.nn.functional.mse_loss,
@@ -30,14 +32,16 @@ def build():
     return deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)[0]
 
 
-def data():
+def data() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(5)
     while True:
         yield torch.randn(2, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator)
 
 
-def train(engine, steps, handle=None):
-    rows, states, losses = data(), [], []
+def train(engine: Any, steps: int, handle: Any = None) -> tuple[list[str], list[str]]:
+    rows = data()
+    states: list[str] = []
+    losses: list[str] = []
     for step in range(steps):
         if step == 4:
             engine.eval_batch(data_iter=rows)

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 from common import OPTIONS, compute, lock_mhz, lowest, tell
@@ -20,7 +21,7 @@ while_saving: list[int] = []
 
 
 class Work(LlamaForCausalLM):
-    def forward(self, *arguments, **options):
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         compute()
         seen.append(lock_mhz())
         if fails and 0 < seen[-1] < 1400:
@@ -29,7 +30,7 @@ class Work(LlamaForCausalLM):
 
 
 class SlowDisk(Trainer):
-    def _save_checkpoint(self, *arguments, **options):
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> Any:
         time.sleep(1.0)  # a disk that takes a while
         while_saving.append(lock_mhz())
         return super()._save_checkpoint(*arguments, **options)

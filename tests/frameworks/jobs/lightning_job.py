@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 import torch
 from common import OPTIONS, compute, lock_mhz, lowest, tell
@@ -24,24 +25,24 @@ class Tiny(LightningModule):
         super().__init__()
         self.layer, self.fails = torch.nn.Linear(4, 1), fails
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         compute()
         seen.append(lock_mhz())
         if self.fails and 0 < seen[-1] < 1400:
             raise RuntimeError("a batch that does not fit")
         return self.layer(batch[0]).pow(2).mean()
 
-    def validation_step(self, batch, index):
+    def validation_step(self, batch: list[torch.Tensor], index: int) -> None:
         compute()
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class SlowDisk(Callback):
     """Makes the first checkpoint take a while."""
 
-    def on_save_checkpoint(self, trainer, module, checkpoint):
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not while_saving:
             import time
 
@@ -53,7 +54,7 @@ def loader(rows: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.ones(rows, 4)), batch_size=2)
 
 
-def fit(job: str, fails: bool, **said) -> None:
+def fit(job: str, fails: bool, **said: Any) -> None:
     seen.clear()
     callback, folder = PowerdCallback(replace(OPTIONS, job=job)), tempfile.mkdtemp()
     trainer = Trainer(

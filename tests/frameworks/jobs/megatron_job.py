@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from pipework import OPTIONS, RANK, WIDTH, WORLD, Layer, tell
 from powerd_integrations.megatron import optimize
 
 
-def _zeros(*size, device=None, **options):
+def _zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
     return torch.zeros(*size, **options)
 
 
@@ -29,7 +31,7 @@ torch.cuda.current_device = lambda: torch.device("cpu")
 torch.cuda.synchronize = lambda *_: None
 _on_cpu = types.ModuleType("torch_on_cpu")
 _on_cpu.__dict__.update(torch.__dict__)
-_on_cpu.zeros = _zeros
+_on_cpu.__dict__["zeros"] = _zeros
 schedules.torch = _on_cpu
 
 MICROBATCHES, STEPS = 4, 36
@@ -47,14 +49,14 @@ class Chunk(torch.nn.Module):
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, config, vp_stage) -> None:
+    def __init__(self, config: TransformerConfig, vp_stage: int | None) -> None:
         super().__init__()
         self.config, self.layer, self.received, self.vp_stage = config, Layer(), None, vp_stage
 
-    def set_input_tensor(self, tensors) -> None:
+    def set_input_tensor(self, tensors: list[torch.Tensor]) -> None:
         self.received = tensors[0]
 
-    def forward(self, value):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
         return self.layer(value if self.received is None else self.received)
 
 
@@ -65,18 +67,18 @@ config = TransformerConfig(
 )  # fmt: skip
 
 
-def rows():
+def rows() -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     while True:
         yield torch.randn(1, 2, WIDTH, generator=generator)
 
 
-def forward_step(iterator, model):
+def forward_step(iterator: Iterator[torch.Tensor], model: Chunk) -> tuple[torch.Tensor, Any]:
     output = model(next(iterator))
     return output, lambda out: (out.pow(2).mean(), {"loss": out.detach().pow(2).mean()})
 
 
-def iterate(models, data, forward_only=False):
+def iterate(models: list[Chunk], data: list[Iterator[torch.Tensor]], forward_only: bool = False) -> list[str]:
     done = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=data if chunks > 1 else data[0], model=models if chunks > 1 else models[0],
         num_microbatches=MICROBATCHES, seq_length=1, micro_batch_size=2, forward_only=forward_only,
@@ -84,12 +86,14 @@ def iterate(models, data, forward_only=False):
     return [float(row["loss"]).hex() for row in done]
 
 
-def train(steps, with_powerd):
+def train(steps: int, with_powerd: bool) -> tuple[list[str], list[str], Any]:
     torch.manual_seed(3 + RANK)
     models = [Chunk(config, n if chunks > 1 else None) for n in range(chunks)]
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], 0.05)
     handle = optimize(config, models, **OPTIONS) if with_powerd else None
-    data, states, losses = [rows() for _ in models], [], []
+    data = [rows() for _ in models]
+    states: list[str] = []
+    losses: list[str] = []
     for step in range(steps):
         if step == 4:
             with torch.no_grad():

@@ -6,23 +6,30 @@ House rule: found by every Python of the test's Ray through PYTHONPATH; changes 
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 PATCHED = "ray._common.tls_utils"
 
 
 class _OnLoopback(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != PATCHED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        run = spec.loader.exec_module
+        assert spec is not None
+        loader: Any = spec.loader
+        run = loader.exec_module
 
-        def exec_module(module):  # type: ignore[no-untyped-def]
+        def exec_module(module: Any) -> None:
             run(module)
             add = module.add_port_to_grpc_server
             module.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", "127.0.0.1"))
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 

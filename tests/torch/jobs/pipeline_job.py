@@ -160,6 +160,7 @@ def train(name: str, phase: Phase, rank: int, world: int, gpu: Gpu, daemon: int)
             with torch.no_grad():
                 one_pass(schedule.eval, x, y, first, last)
         if disturbing:  # the next step begins with something that no plan has
+            assert handle is not None
             schedule._stage.forward_one_chunk = wrong_first(schedule._stage, handle.conductor)
         found = one_pass(schedule.step, x, y, first, last)
         losses.append(float(sum(loss.item() for loss in found)).hex() if found else "")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from _pytest.nodes import coerce_node_id
+from _pytest.nodeid import coerce_node_id
 
 HERE = Path(__file__).parent
 # Folders whose tests start processes and watch them in real time (decision 0011).
@@ -28,4 +28,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         groups = sorted({str(mark.args[0]) for mark in item.iter_markers("xdist_group")})
         if groups and "@" not in item.nodeid:
-            item._id = coerce_node_id(f"{item.nodeid}@{'_'.join(groups)}")  # type: ignore[attr-defined]
+            item._id = coerce_node_id(f"{item.nodeid}@{'_'.join(groups)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tokenize
+from pathlib import Path
 
 from tests.arch import source_tree as tree
 
@@ -15,7 +16,7 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
-def lines_of(path: tree.Path) -> int:
+def lines_of(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 

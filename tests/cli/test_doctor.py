@@ -100,7 +100,7 @@ def test_after_a_stop_a_setting_that_is_not_undone_is_found(tmp_path: Path) -> N
     for folder in (proc, run, state):
         folder.mkdir()
     assert {f.level for f in checks.after_stop(run, state, proc)} == {Level.OK}
-    journal = Journal(state, b"\1" * 16, 1, [(UUID, control) for control in Control])
+    journal = Journal(state, b"\1" * 16, 1, {(UUID, control): None for control in Control})
     journal.intend(UUID, Control.SM_CLOCK, None, Interval(1200, 1200))
     problems = [f.text for f in checks.after_stop(run, state, proc) if f.level is Level.PROBLEM]
     assert problems == [f"not undone: {UUID} sm_clock"]

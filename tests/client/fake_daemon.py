@@ -233,7 +233,8 @@ class FakeDaemon:
             self.changed.notify_all()
         if self.fault is not None:
             answer = self.fault(request)
-            return await answer if asyncio.iscoroutine(answer) else answer
+            faulty: web.StreamResponse = await answer if asyncio.iscoroutine(answer) else answer
+            return faulty
         result = self._answer(request, body)
         if isinstance(result, web.StreamResponse):
             return result

@@ -240,7 +240,7 @@ def test_a_callback_that_fails_does_not_end_the_thread_that_follows_the_lease() 
     with Client(on_error="log", url="http://127.0.0.1:9") as client:
         view = PlanView("p", "l", "g", PlanState.ARMED, 1, None, None, None, 0, number=9)
         beats = desk.give(client, view, 1.0, lambda: None)
-        beats.on_clamped = lambda ceiling_mhz: 1 / 0  # type: ignore[assignment, return-value]
+        beats.on_clamped = lambda ceiling_mhz: 1 / 0  # type: ignore[assignment]
         assert desk.take({"plan": {**row, "ceiling_mhz": 1110}}, [])
         assert beats.clamped == 1110
         assert desk.take({"plan": {**row, "state": "ended", "why": "replaced"}}, [])

@@ -142,6 +142,7 @@ def test_energy_of_a_window_is_that_of_the_gpu(node: Node) -> None:
     after_mj = node.sim.true_energy_mj(0)
     window.end()
     assert window.energy_j == pytest.approx((after_mj - before_mj) / 1000, rel=0.03)
+    assert window.energy_j is not None
     assert window.low_j is not None
     assert window.high_j is not None
     assert window.low_j <= window.energy_j <= window.high_j
@@ -159,7 +160,10 @@ def test_a_daemon_that_is_killed_and_comes_back_finds_the_lease_again(node: Node
     node.until(lease.renew, "the lease answers again")
     assert lease.held
     assert lease.view.age_s > seen
-    waits = lambda: left.id in [view.id for view in client.leases()]  # noqa: E731
+
+    def waits() -> bool:
+        return left.id in [view.id for view in client.leases()]
+
     assert waits()
     node.until(lambda: not waits(), "the grace in which a holder has to come back is over")
     assert lease.held

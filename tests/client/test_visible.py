@@ -62,7 +62,7 @@ def test_device_nodes_are_found_by_their_numbers(tmp_path: Path) -> None:
     assert device_minors(str(tmp_path)) is None
     for name in ("nvidia0", "nvidia12", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert device_minors(str(tmp_path)) == {0, 12}
+    assert device_minors(str(tmp_path)) == frozenset({0, 12})
 
 
 def test_mixed_gpus_need_the_order_or_uuids() -> None:

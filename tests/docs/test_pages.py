@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ _FIGURE = re.compile(r"\d\s?(%|ms|W|kW|J|MB|µs|us)\b|\d\s?%")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=markdown.shown)
-def test_every_link_leads_to_a_file(page: markdown.Path) -> None:
+def test_every_link_leads_to_a_file(page: Path) -> None:
     assert [t for t in markdown.links(page) if not (page.parent / t.partition("#")[0]).exists()] == []
 
 

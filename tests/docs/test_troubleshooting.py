@@ -11,7 +11,7 @@ import pytest
 
 from powerd.api import API_HEADER
 from tests.docs import markdown
-from tests.e2e.live import Answer, LiveNode, command, free_port
+from tests.e2e.live import Answer, LiveNode, command, free_port, header
 from tests.sinks.scripted import Reply, ScriptedServer
 
 pytestmark = pytest.mark.xdist_group("docs")
@@ -40,7 +40,7 @@ def heard(live: LiveNode) -> list[str]:
         said(live.powerctl("--socket", str(live.root / "none.sock"), "status")),
         said(live.powerctl(*wish, "900W")),
         said(live.powerd("run", "--config", str(live.config))),
-        refused(live.http("GET", "/v1/node", **{API_HEADER: "2.0"})),
+        refused(live.http("GET", "/v1/node", **header(API_HEADER, "2.0"))),
     ]
     lock = live.powerctl("lease", "acquire", "--gpus", "1", "--sm-clock", "1200MHz", "--json")
     lines.append(said(lock))

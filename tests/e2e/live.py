@@ -66,6 +66,11 @@ class Answer:
         return json.loads(self.out)
 
 
+def header(name: str, value: str) -> dict[str, Any]:
+    """One header whose name is a constant, for ``**`` of ``LiveNode.http``."""
+    return {name: value}
+
+
 def wait_for(what: str, test: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Poll a condition of another process; AssertionError when it does not come."""
     end = time.monotonic() + timeout_s

@@ -10,7 +10,7 @@ from powerd.policytable import InstanceLoad, Slo, instance_policy
 from tests.e2e.daemon_rig import Rig
 from tests.replicas.engine import Endpoint, Engine
 
-SLO = {"ttft_s": 0.5, "tbt_s": 0.1}
+SLO: dict[str, Any] = {"ttft_s": 0.5, "tbt_s": 0.1}
 PROFILE = "llama2-70b_h100"
 HIGHEST = 1980  # of this profile, and of the fake card
 _POLICY = instance_policy(PROFILE, "", 4, Slo(0.5, 0.1), range(210, 1981, 15), 1.0, 1.0)

@@ -90,7 +90,10 @@ def test_a_good_file_at_reload_takes_effect(live: LiveNode, held: Lease) -> None
 def test_a_key_that_waits_for_a_restart_is_named_by_the_reload(live: LiveNode) -> None:
     before, said = live.state(), "takes effect at the next start: influx.url, influx.bucket"
     seen = max(e.seq for e in live.client.events())
-    details = lambda: [e.detail for e in live.client.events(since=seen) if e.kind == "config_reloaded"]  # noqa: E731
+
+    def details() -> list[str]:
+        return [e.detail for e in live.client.events(since=seen) if e.kind == "config_reloaded"]
+
     try:
         influx = '[influx]\nurl = "http://127.0.0.1:9"\nbucket = "new"\n[leases]\nmax_ttl_s = 50\n'
         live.write_config(live.config_text + influx)

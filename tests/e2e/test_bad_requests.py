@@ -11,7 +11,7 @@ import pytest
 from powerd.api import API_HEADER, API_VERSION, LEASE_TOKEN_HEADER
 from powerd.client import Lease
 from powerd.errors import CODES
-from tests.e2e.live import LiveNode
+from tests.e2e.live import LiveNode, header
 from tests.e2e.mistakes import (
     UNKNOWN,
     Case,
@@ -53,7 +53,7 @@ API = [
     api("endless TTL", "POST", "/v1/leases", lease_body(ttl_s=1e12), "bad_value", "86400", "heartbeat"),
     api("endless wait", "POST", "/v1/leases", lease_body(wait_s=1e9), "bad_value", "wait_s"),
     api("oversized body", "POST", "/v1/leases", lease_body(reason="x" * 70_000), "bad_request", "65536"),
-    api("bad lease token", "DELETE", "/v1/leases/{id}", None, "denied", "token", **{LEASE_TOKEN_HEADER: "wrong"}),
+    api("bad lease token", "DELETE", "/v1/leases/{id}", None, "denied", "token", **header(LEASE_TOKEN_HEADER, "wrong")),
     api("unknown lease", "GET", "/v1/leases/l0123", None, "not_found", "l0123"),
     api("change to nothing", "PATCH", "/v1/leases/{id}", {"wants": []}, "bad_value", "at least one control"),
     api("change out of range", "PATCH", "/v1/leases/{id}", {"wants": clock(low=9000)}, "bad_value", "210..1410 MHz"),
@@ -71,10 +71,10 @@ API = [
     api("end of an unknown window", "POST", "/v1/windows/w0123/end", None, "not_found", "w0123"),
     api("stream at no rate", "GET", "/v1/stream?hz=often", None, "bad_value", "hz"),
     api("quiesce for ever", "POST", "/v1/quiesce", {"max_s": 1e9}, "bad_value", "max_s"),
-    api("other major version", "GET", "/v1/node", None, "version", "2.0", "1.", **{API_HEADER: f"{API_VERSION[0] + 1}.0"}),
-    api("older major version", "GET", "/v1/node", None, "version", "0.9", **{API_HEADER: "0.9"}),
-    api("version that is none", "GET", "/v1/node", None, "version", "latest", **{API_HEADER: "latest"}),
-    api("other major version sets", "POST", "/v1/leases", lease_body(), "version", "install", **{API_HEADER: "2.0"}),
+    api("other major version", "GET", "/v1/node", None, "version", "2.0", "1.", **header(API_HEADER, f"{API_VERSION[0] + 1}.0")),
+    api("older major version", "GET", "/v1/node", None, "version", "0.9", **header(API_HEADER, "0.9")),
+    api("version that is none", "GET", "/v1/node", None, "version", "latest", **header(API_HEADER, "latest")),
+    api("other major version sets", "POST", "/v1/leases", lease_body(), "version", "install", **header(API_HEADER, "2.0")),
     api("TCP without token", "GET", "/v1/node", None, "denied", "Bearer", tcp=True),
     api("TCP with a wrong token", "POST", "/v1/leases", lease_body(), "denied", "token", tcp=True, Authorization="Bearer x"),
     attach("malformed JSON", b"{", "bad_request", "JSON"),
@@ -116,10 +116,10 @@ def test_a_stranger_sees_no_gpu_of_others(live: LiveNode, held: Lease) -> None:
 @pytest.mark.parametrize("minor", range(API_VERSION[1] + 1))
 def test_an_older_client_of_the_same_major_version_works(minor: int, live: LiveNode, held: Lease) -> None:
     stated = f"{API_VERSION[0]}.{minor}"
-    answer = live.http("GET", "/v1/node", **{API_HEADER: stated})
+    answer = live.http("GET", "/v1/node", **header(API_HEADER, stated))
     assert (answer.code, answer.json()["api_version"]) == (200, f"{API_VERSION[0]}.{API_VERSION[1]}")
     dry = live.http(
-        "POST", "/v1/leases", json.loads(fill(json.dumps(lease_body(dry_run=True)), live, held)), **{API_HEADER: stated}
+        "POST", "/v1/leases", json.loads(fill(json.dumps(lease_body(dry_run=True)), live, held)), **header(API_HEADER, stated)
     )
     assert dry.code == 200, dry.out
 

@@ -23,7 +23,8 @@ class Hw:
     """What the rig needs to know of an hw that is none of its own."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.uuids = path, []
+        self.path = path
+        self.uuids: list[str] = []
 
 
 class SimRig(Rig):
@@ -37,7 +38,8 @@ class SimRig(Rig):
         return [*words, "--control"]
 
     def up(self) -> None:
-        self.start(**self.node.env())
+        environment: dict[str, Any] = self.node.env()
+        self.start(**environment)
         self.hw.uuids = [c["gpu"]["uuid"] for c in self.get("/v1/node")["gpus"]]
 
     def driver(self, index: int = 0) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def test_a_replica_without_work_is_parked_and_wakes_with_the_next_request(node: 
     assert node.events("replica_parked")[-1]["subject"] == "chat-0"
     engine.engine.waiting = 8
     engine.engine.running = 40
-    node.hw.wait(lambda: held(node) is None or held(node).high > PARKED, "it sleeps on")
+    node.hw.wait(lambda: (now := held(node)) is None or now.high > PARKED, "it sleeps on")
     until(node, "it is not awake", lambda v: v["state"] == "fresh" and v["clock_mhz"] != PARKED)
 
 

@@ -55,7 +55,7 @@ def test_over_tcp_nothing_without_the_token_and_control_with_it(own: Rig) -> Non
     own.start()
     assert ask_tcp(port, "GET", "/v1/node")[0] == 403
     assert ask_tcp(port, "GET", "/v1/node", Authorization="Bearer wrong")[0] == 403
-    right = {"Authorization": "Bearer " + "s" * 32}
+    right: dict[str, Any] = {"Authorization": "Bearer " + "s" * 32}
     assert ask_tcp(port, "GET", "/v1/snapshot", **right)[0] == 200
     body = {"gpus": own.hw.uuids[:1], "wants": [pin(900)], "reason": "r"}
     status, answer = ask_tcp(port, "POST", "/v1/leases", body, **right)

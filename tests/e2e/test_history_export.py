@@ -80,7 +80,7 @@ def test_an_export_holds_every_second_once(node: Rig, tmp_path: Path) -> None:
         assert {row[3] for row in mine} == {str(300_000 + 1000 * number)}
         assert int(mine[-1][4]) - int(mine[0][4]) == 1000 * (times[-1] - times[0])
     powerctl(node, "history", "--export", str(tmp_path / "h.parquet"), *span)
-    table: Any = parquet.ParquetFile(str(tmp_path / "h.parquet")).read()  # type: ignore[no-untyped-call]
+    table: Any = parquet.ParquetFile(str(tmp_path / "h.parquet")).read()
     assert table.column_names == rows[0]
     assert table.num_rows == len(rows) - 1
     assert table.column("uuid").to_pylist() == [row[2] for row in rows[1:]]

@@ -97,10 +97,10 @@ def test_the_plan_rests_on_what_was_measured_in_this_run(tmp_path: Path) -> None
     measured = profile.read(said["profile"])
     assert {(row.stage, row.instruction) for row in measured} == {(s, k) for s in (0, 1) for k in ("forward", "backward")}
     assert len({row.mhz for row in measured}) >= 3
-    for row in measured:
-        true = truth[(0, 7)[row.stage], row.instruction, row.mhz]
-        assert row.time_s == pytest.approx(10 * true.time_s, rel=0.01)
-        assert row.energy_j == pytest.approx(10 * true.energy_j, rel=0.03)
+    for seen in measured:
+        true = truth[(0, 7)[seen.stage], seen.instruction, seen.mhz]
+        assert seen.time_s == pytest.approx(10 * true.time_s, rel=0.01)
+        assert seen.energy_j == pytest.approx(10 * true.energy_j, rel=0.03)
     assert 70 < said["blocking_power_w"] < 95
 
 

@@ -36,7 +36,7 @@ def path(lease: Lease, plan: str = "") -> str:
     return f"/v1/leases/{lease.id}/plans{plan and '/' + plan}"
 
 
-def token(lease: Lease) -> dict[str, str]:
+def token(lease: Lease) -> dict[str, Any]:
     return {"Powerd_Lease_Token": lease.token or ""}
 
 

@@ -21,7 +21,7 @@ def covered(scored: list[ScoredWindow]) -> float:
     return sum(s.covered for s in scored) / len(scored)
 
 
-def test_a_thousand_windows_cover_the_truth_and_are_accurate_from_ten_seconds():
+def test_a_thousand_windows_cover_the_truth_and_are_accurate_from_ten_seconds() -> None:
     scored = score(1000)
     assert len(scored) == 1000
     assert min(s.seconds for s in scored) < 3
@@ -35,12 +35,12 @@ def test_a_thousand_windows_cover_the_truth_and_are_accurate_from_ten_seconds():
     assert statistics.median(s.width for s in long) <= 0.015
 
 
-def test_the_load_of_the_campaign_varies_so_that_edges_matter():
+def test_the_load_of_the_campaign_varies_so_that_edges_matter() -> None:
     powers = [s.true_j / s.seconds for s in score(1000)]
     assert max(powers) > 2 * min(powers)
 
 
-def test_an_answer_at_once_is_wider_and_still_covers():
+def test_an_answer_at_once_is_wider_and_still_covers() -> None:
     waited, at_once = score(), score(wait=False)
     assert covered(at_once) >= 0.95
     short = [(a.width, b.width) for a, b in zip(waited, at_once, strict=True) if a.seconds < 5]
@@ -49,11 +49,11 @@ def test_an_answer_at_once_is_wider_and_still_covers():
 
 
 @pytest.mark.parametrize(("sample_hz", "windows"), [(1.0, 400), (100.0, 64)])
-def test_other_sampling_rates_cover_too(sample_hz: float, windows: int):
+def test_other_sampling_rates_cover_too(sample_hz: float, windows: int) -> None:
     assert covered(score(windows, sample_hz)) >= 0.95
 
 
-def test_without_a_counter_power_is_integrated_and_the_interval_says_what_a_power_sensor_is_worth():
+def test_without_a_counter_power_is_integrated_and_the_interval_says_what_a_power_sensor_is_worth() -> None:
     scored = score(counter=False)
     assert {s.figure.method for s in scored} == {"integrated"}
     assert covered(scored) >= 0.95

@@ -21,12 +21,12 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_estimator_example_says_what_the_arithmetic_says():
+def test_the_estimator_example_says_what_the_arithmetic_says() -> None:
     assert len(BLOCKS) == 2
     assert run(BLOCKS[1]).startswith("1992 J, ")
 
 
-def test_windows_over_the_api_in_real_time_cover_the_truth_and_the_example_runs():
+def test_windows_over_the_api_in_real_time_cover_the_truth_and_the_example_runs() -> None:
     with running("a100-sxm-500w", gpus=2) as daemon:
         client = daemon.client()
 

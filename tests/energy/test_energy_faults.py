@@ -28,7 +28,7 @@ class Rig:
             self.node.advance(0.1)
             self.windows.observe(self.poller.read())
 
-    def window(self, seconds: float, middle: Callable[[], None]) -> tuple[list[EnergyFigure], list[float]]:
+    def window(self, seconds: float, middle: Callable[[], object]) -> tuple[list[EnergyFigure], list[float]]:
         """The figures of both GPUs over a window with something in its middle, and the truth in joules."""
 
         async def closing(id: str) -> WindowView:
@@ -62,14 +62,14 @@ def covered(figure: EnergyFigure, true_j: float) -> bool:
     return figure.low_j <= true_j <= figure.high_j
 
 
-def test_without_a_fault_both_gpus_are_covered_and_loads_told_apart(rig: Rig):
+def test_without_a_fault_both_gpus_are_covered_and_loads_told_apart(rig: Rig) -> None:
     figures, truth = rig.window(10, lambda: None)
     assert all(covered(f, t) for f, t in zip(figures, truth, strict=True))
     assert truth[0] > 2 * truth[1]
     assert [f.method for f in figures] == ["counter", "counter"]
 
 
-def test_a_counter_reset_begins_an_epoch_and_the_window_still_covers(rig: Rig):
+def test_a_counter_reset_begins_an_epoch_and_the_window_still_covers(rig: Rig) -> None:
     figures, truth = rig.window(10, lambda: rig.node.fault("counter-reset", 0))
     assert [len(f.epochs) for f in figures] == [2, 1]
     assert all(covered(f, t) for f, t in zip(figures, truth, strict=True))
@@ -78,7 +78,7 @@ def test_a_counter_reset_begins_an_epoch_and_the_window_still_covers(rig: Rig):
     assert not figures[1].note
 
 
-def test_two_resets_in_one_window(rig: Rig):
+def test_two_resets_in_one_window(rig: Rig) -> None:
     def twice() -> None:
         rig.node.fault("counter-reset", 0)
         rig.run(2)
@@ -89,7 +89,7 @@ def test_two_resets_in_one_window(rig: Rig):
     assert covered(figures[0], truth[0])
 
 
-def test_frozen_sensors_are_bridged_by_the_last_power_and_told(rig: Rig):
+def test_frozen_sensors_are_bridged_by_the_last_power_and_told(rig: Rig) -> None:
     def freeze() -> None:
         rig.node.fault("freeze", 0)
         rig.run(6)
@@ -101,14 +101,14 @@ def test_frozen_sensors_are_bridged_by_the_last_power_and_told(rig: Rig):
     assert covered(figures[0], truth[0])
 
 
-def test_a_lost_gpu_has_no_figure_and_the_other_one_has(rig: Rig):
+def test_a_lost_gpu_has_no_figure_and_the_other_one_has(rig: Rig) -> None:
     figures, truth = rig.window(10, lambda: rig.node.fault("lost", 0))
     assert figures[0].energy_j is None
     assert "lost" in figures[0].note
     assert covered(figures[1], truth[1])
 
 
-def test_a_gpu_that_came_back_is_measured_again_in_a_new_epoch(rig: Rig):
+def test_a_gpu_that_came_back_is_measured_again_in_a_new_epoch(rig: Rig) -> None:
     def away() -> None:
         rig.node.fault("lost", 0)
         rig.run(3)

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ class Bench:
         )
         self.seq = 0
 
-    def tick(self, count: int = 1, **changes: object) -> None:
+    def tick(self, count: int = 1, **changes: Any) -> None:
         for _ in range(count):
             self.clock.ns += TICK
             self.seq += 1
@@ -73,7 +74,7 @@ class Bench:
         return asyncio.run(go()).figures[0]
 
 
-def test_a_plain_window_is_the_counter_difference_between_the_two_requests():
+def test_a_plain_window_is_the_counter_difference_between_the_two_requests() -> None:
     bench = Bench()
     figure = bench.window(lambda: None)
     assert figure.energy_j == pytest.approx(4000, rel=0.001)
@@ -84,7 +85,7 @@ def test_a_plain_window_is_the_counter_difference_between_the_two_requests():
     assert (figure.method, figure.epochs, figure.note) == ("counter", (1,), "")
 
 
-def test_end_waits_for_the_sample_after_the_request_and_no_longer():
+def test_end_waits_for_the_sample_after_the_request_and_no_longer() -> None:
     bench = Bench()
     bench.tick(20)
     view = bench.windows.begin([GPU], name="step", job="j1")
@@ -100,12 +101,13 @@ def test_end_waits_for_the_sample_after_the_request_and_no_longer():
         return await asyncio.wait_for(task, 1)
 
     ended = asyncio.run(go())
-    assert (ended.name, ended.job, ended.duration_s) == ("step", "j1", pytest.approx(3.0))
+    assert (ended.name, ended.job) == ("step", "j1")
+    assert ended.duration_s == pytest.approx(3.0)
     assert ended.figures[0].method == "counter"
     assert len(bench.windows) == 0
 
 
-def test_a_counter_reset_is_never_subtracted_across_and_the_gap_is_bounded():
+def test_a_counter_reset_is_never_subtracted_across_and_the_gap_is_bounded() -> None:
     bench = Bench()
     figure = bench.window(lambda: bench.tick(energy_mj=0, epoch=2))
     assert figure.epochs == (1, 2)
@@ -119,13 +121,13 @@ def test_a_counter_reset_is_never_subtracted_across_and_the_gap_is_bounded():
     assert figure.high_j >= 4060
 
 
-def test_a_reset_that_shows_no_fall_is_known_by_its_epoch_alone():
+def test_a_reset_that_shows_no_fall_is_known_by_its_epoch_alone() -> None:
     bench = Bench()
     figure = bench.window(lambda: bench.tick(energy_mj=10**9, epoch=2))
     assert figure.energy_j == pytest.approx(4040, rel=0.02)
 
 
-def test_a_driver_reload_without_readings_for_seconds_widens_the_interval_by_what_the_limit_allows():
+def test_a_driver_reload_without_readings_for_seconds_widens_the_interval_by_what_the_limit_allows() -> None:
     bench = Bench()
 
     def reload() -> None:
@@ -139,7 +141,7 @@ def test_a_driver_reload_without_readings_for_seconds_widens_the_interval_by_wha
     assert figure.high_j >= 4040 + 5 * 500 * 1.1
 
 
-def test_a_gap_without_a_power_limit_cannot_be_known():
+def test_a_gap_without_a_power_limit_cannot_be_known() -> None:
     bench = Bench()
     bench.reading = replace(bench.reading, power_limit_enforced_mw=None, power_limit_requested_mw=None)
     figure = bench.window(lambda: bench.tick(energy_mj=0, epoch=2))
@@ -147,7 +149,7 @@ def test_a_gap_without_a_power_limit_cannot_be_known():
     assert figure.note
 
 
-def test_a_gpu_lost_inside_a_window_has_no_figure_and_the_window_after_it_has():
+def test_a_gpu_lost_inside_a_window_has_no_figure_and_the_window_after_it_has() -> None:
     bench = Bench()
 
     def lose() -> None:
@@ -163,7 +165,7 @@ def test_a_gpu_lost_inside_a_window_has_no_figure_and_the_window_after_it_has():
     assert later.epochs == (2,)
 
 
-def test_a_gpu_that_is_still_lost_answers_at_once_with_none():
+def test_a_gpu_that_is_still_lost_answers_at_once_with_none() -> None:
     bench = Bench()
     bench.tick(20)
     view = bench.windows.begin([GPU])
@@ -173,7 +175,7 @@ def test_a_gpu_that_is_still_lost_answers_at_once_with_none():
     assert "lost" in figure.note
 
 
-def test_an_impossible_jump_of_the_counter_is_left_out():
+def test_an_impossible_jump_of_the_counter_is_left_out() -> None:
     bench = Bench()
 
     def jump() -> None:
@@ -184,7 +186,7 @@ def test_an_impossible_jump_of_the_counter_is_left_out():
     assert "impossible" in figure.note
 
 
-def test_a_counter_that_stands_still_is_replaced_by_power():
+def test_a_counter_that_stands_still_is_replaced_by_power() -> None:
     bench = Bench()
 
     def freeze() -> None:
@@ -197,7 +199,7 @@ def test_a_counter_that_stands_still_is_replaced_by_power():
     assert figure.method == "counter+power"
 
 
-def test_a_counter_that_stands_still_to_the_end_still_gives_an_answer_that_covers():
+def test_a_counter_that_stands_still_to_the_end_still_gives_an_answer_that_covers() -> None:
     bench = Bench()
     bench.tick(20)
     view = bench.windows.begin([GPU])
@@ -209,7 +211,7 @@ def test_a_counter_that_stands_still_to_the_end_still_gives_an_answer_that_cover
     assert figure.low_j <= 6000 <= figure.high_j
 
 
-def test_no_counter_means_integrated_power_with_the_sensors_own_allowance():
+def test_no_counter_means_integrated_power_with_the_sensors_own_allowance() -> None:
     bench = Bench()
     bench.reading = replace(bench.reading, energy_method=EnergyMethod.INTEGRATED)
     figure = bench.window(lambda: None)
@@ -219,7 +221,7 @@ def test_no_counter_means_integrated_power_with_the_sensors_own_allowance():
     assert figure.low_j <= 4000 * 0.95 + 1
 
 
-def test_repeated_snapshots_without_news_change_nothing():
+def test_repeated_snapshots_without_news_change_nothing() -> None:
     bench = Bench()
     bench.tick(20)
     view = bench.windows.begin([GPU])
@@ -230,7 +232,7 @@ def test_repeated_snapshots_without_news_change_nothing():
     assert bench.end(view.id).figures[0].energy_j == pytest.approx(2400, rel=0.02)
 
 
-def test_a_gpu_without_readings_after_the_end_is_answered_wide_after_the_deadline_of_the_clock():
+def test_a_gpu_without_readings_after_the_end_is_answered_wide_after_the_deadline_of_the_clock() -> None:
     bench = Bench()
     bench.tick(20)
     view = bench.windows.begin([GPU])
@@ -250,7 +252,7 @@ def test_a_gpu_without_readings_after_the_end_is_answered_wide_after_the_deadlin
     assert figure.energy_j - figure.low_j > 50
 
 
-def test_windows_are_bounded_and_unknown_ids_and_gpus_are_told_apart():
+def test_windows_are_bounded_and_unknown_ids_and_gpus_are_told_apart() -> None:
     bench = Bench()
     bench.windows = EnergyWindows(bench.clock, TICK, max_open=2)
     bench.tick(3)
@@ -272,14 +274,14 @@ def test_windows_are_bounded_and_unknown_ids_and_gpus_are_told_apart():
         bench.windows.begin([])
 
 
-def test_ids_are_not_used_twice():
+def test_ids_are_not_used_twice() -> None:
     bench = Bench()
     bench.tick(3)
     ids = [bench.windows.begin([GPU]).id for _ in range(50)]
     assert len(set(ids)) == 50
 
 
-def test_a_gpu_lost_before_the_first_sample_of_the_window_has_no_figure_even_when_it_is_back_at_once():
+def test_a_gpu_lost_before_the_first_sample_of_the_window_has_no_figure_even_when_it_is_back_at_once() -> None:
     bench = Bench()
     bench.tick(20)
     view = bench.windows.begin([GPU])

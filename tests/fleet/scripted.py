@@ -29,8 +29,8 @@ class Scripted:
         if self.error is not None:
             raise self.error
         wants = tuple(InstanceWant(None, g.pool, g.tp, 1410) for g, count in self.counts.items() for _ in range(count))
-        late = {"reordered": self.resteered | {"i2"}, "resteered": self.resteered}
-        return FleetPlan(wants, dict.fromkeys(NAMES, ("LL",)), shed={"i1": 2.5}, **late)
+        late = self.resteered | {"i2"}
+        return FleetPlan(wants, dict.fromkeys(NAMES, ("LL",)), shed={"i1": 2.5}, reordered=late, resteered=self.resteered)
 
 
 class Clock:

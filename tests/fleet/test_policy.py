@@ -30,8 +30,8 @@ def path(tmp_path: Path) -> Path:
 def decide(path: Path, now: int, queued: float = 0.0, tp: int = 8) -> tuple[int, str]:
     policy = PowerdPolicy(str(path), "LL", tp, stale_after_s=30.0)
     if path.exists():
-        wait_for("the plan is read", lambda: policy(Context(now))[1]["why"] != "no plan yet")  # type: ignore[arg-type]
-    count, state = policy(Context(now, queued))  # type: ignore[arg-type]
+        wait_for("the plan is read", lambda: policy(Context(now))[1]["why"] != "no plan yet")
+    count, state = policy(Context(now, queued))
     return count, str(state["why"])
 
 

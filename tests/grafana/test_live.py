@@ -91,7 +91,10 @@ def pools(node: LiveNode, stack: contextlib.ExitStack) -> None:
         node.client.replica_create(
             ReplicaRequest(f"{pool}-0", pool, (node.uuids[gpu],), engine.url, SloSpec(0.5, 0.1), detached=True, ttl_s=3600)
         )
-    states = lambda: {view.name: (view.state, view.within_slo) for view in node.client.replicas()}  # noqa: E731
+
+    def states() -> dict[str, tuple[str, bool | None]]:
+        return {view.name: (view.state, view.within_slo) for view in node.client.replicas()}
+
     wait_for("both are judged", lambda: states() == {"chat-0": ("fresh", True), "code-0": ("fresh", False)})
     code.close()
     wait_for("code's page is stale", lambda: states()["code-0"][0] == "stale")

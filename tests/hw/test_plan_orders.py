@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from powerd.hw import frames
@@ -34,7 +36,7 @@ def test_a_plan_without_a_setpoint_is_not_armed(rig: Rig) -> None:
         ({"uuid": "GPU-00000000-0000-0000-0000-000000000001"}, "nothing holds"),
     ],
 )
-def test_hw_checks_every_value_of_a_plan_again(rig: Rig, change: dict[str, object], named: str) -> None:
+def test_hw_checks_every_value_of_a_plan_again(rig: Rig, change: dict[str, Any], named: str) -> None:
     powerd = served(rig)
     beats = powerd.ask_for_plan(plan_for(rig, **change))
     assert named in powerd.plan(state="ended")["why"]

@@ -37,7 +37,7 @@ def make(path: Path, target: str = "preflight") -> subprocess.CompletedProcess[s
     real_cc = f"PATH={os.environ['PATH']} exec {compiler}"
     if (path / "cc").exists() and "REAL_CC" in (path / "cc").read_text():
         script(path / "cc", f'{real_cc} "$@"')
-    command = [path / "make", "-C", ROOT, "--no-print-directory", target]
+    command: list[str | Path] = [path / "make", "-C", ROOT, "--no-print-directory", target]
     return subprocess.run(command, env={"PATH": str(path)}, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from powerd.clock import NS, Waiter
 from powerd.config import Config, parse
@@ -153,14 +154,14 @@ class Hands:
                 actuator.step()
             self.clock.ns += 40 * NS  # past every pause
 
-    def observe(self, gpu: int, **values: int) -> None:
+    def observe(self, gpu: int, **values: Any) -> None:
         self.clock.ns += NS
         now_ns = self.clock.now_ns()
         known = {"power_limit_requested_mw": self.gpus[gpu].limit_mw, "power_limit_enforced_mw": self.gpus[gpu].limit_mw}
         self.actuators[gpu].observe(reading(self.gpus[gpu].gpu.uuid, now_ns, **{**known, **values}), now_ns)
 
 
-def reading(uuid: str, now_ns: int, **values: int) -> Reading:
+def reading(uuid: str, now_ns: int, **values: Any) -> Reading:
     from powerd.model import Health
 
     return Reading(uuid=uuid, time_ns=now_ns, health=Health.UP, epoch=1, **values)

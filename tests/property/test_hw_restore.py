@@ -81,9 +81,9 @@ def test_any_damage_to_the_journal_ends_at_baseline_or_the_rule(
         after = recovered(nodes, directory, clock)
         assert after.journal.recovered.damaged
         assert after.journal.recovered.quarantined is not None
-        for gpu in nodes:
-            assert gpu.limit_mw in (FOUND_MW, DEFAULT_MW)
-            assert (gpu.sm, gpu.memory) == (None, None)
+        for one in nodes:
+            assert one.limit_mw in (FOUND_MW, DEFAULT_MW)
+            assert (one.sm, one.memory) == (None, None)
         assert after.journal.touched() == []
         assert touched or all(g.sm is None for g in nodes)
 
@@ -119,14 +119,14 @@ def test_what_is_set_is_what_the_last_table_says_and_the_rest_is_baseline(
             hands.want(gpu, dict(table))
             hands.settle()
             last[gpu] = table
-        for gpu, table in zip(nodes, last, strict=True):
+        for one, table in zip(nodes, last, strict=True):
             limit = table.get(Control.POWER_LIMIT)
-            assert gpu.limit_mw == (limit.high if limit else FOUND_MW)
+            assert one.limit_mw == (limit.high if limit else FOUND_MW)
             clock_wish = table.get(Control.SM_CLOCK)
-            assert (gpu.sm is None) == (clock_wish is None)
-            if gpu.sm and clock_wish:
-                assert clock_wish.high - 15 < gpu.sm.high <= max(210, clock_wish.high)
-            assert gpu.memory == table.get(Control.MEMORY_CLOCK)
+            assert (one.sm is None) == (clock_wish is None)
+            if one.sm and clock_wish:
+                assert clock_wish.high - 15 < one.sm.high <= max(210, clock_wish.high)
+            assert one.memory == table.get(Control.MEMORY_CLOCK)
 
 
 limits = st.tuples(st.integers(1, 2000), st.integers(1, 2000), st.integers(200, 700), st.integers(200, 700))

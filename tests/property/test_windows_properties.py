@@ -25,7 +25,9 @@ _steps = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(steps=_steps, method=st.sampled_from(EnergyMethod), cuts=st.tuples(*[st.floats(0, 1)] * 3))
-def test_ledger_is_sound_for_any_readings(steps, method, cuts):
+def test_ledger_is_sound_for_any_readings(
+    steps: list[tuple[int, Health, int | None, int | None, int, int | None]], method: EnergyMethod, cuts: tuple[float, ...]
+) -> None:
     track = Track()
     now, counter, seen, epoch = 100 * NS, 10**7, 100 * NS, 1
     start = now
@@ -65,7 +67,7 @@ def test_ledger_is_sound_for_any_readings(steps, method, cuts):
     begin=st.integers(1500, 2500),
     length=st.integers(100, 1400),
 )
-def test_constant_pieces_of_power_are_covered(watts, refresh, phase, begin, length):
+def test_constant_pieces_of_power_are_covered(watts: list[int], refresh: int, phase: int, begin: int, length: int) -> None:
     """Power may be anything that changes every 100 ms: far wilder than a GPU, so only the physical bounds are asserted."""
     track = Track()
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from powerd.sinks.spool import read_dead
+from tests.real.front import Front
 from tests.real.influx_feeder import CHUNK, GPUS, T0_NS
-from tests.real.servers import Front, Influxd, VictoriaMetrics, need, wait_for
+from tests.real.servers import Influxd, VictoriaMetrics, need, wait_for
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("influx")]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.live import LiveNode, wait_for
-from tests.real.servers import Front, Influxd
+from tests.real.front import Front
+from tests.real.servers import Influxd
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("influx")]
 
@@ -93,9 +95,9 @@ def test_pools_of_replicas_arrive(live: LiveNode, influxd: Influxd) -> None:
     assert influxd.query("select ttft_p99_seconds from inference", BUCKET) == [], "unknown is absent, never 0"
 
 
-def wait_for_series(influxd: Influxd, query: str) -> list[dict[str, list[list[object]]]]:
+def wait_for_series(influxd: Influxd, query: str) -> list[dict[str, list[Any]]]:
     """The answer to a query as soon as there is one."""
-    found: list[dict[str, list[list[object]]]] = []
+    found: list[dict[str, list[Any]]] = []
 
     def ask() -> bool:
         found[:] = influxd.query(query, BUCKET)

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from powerd.sinks.lines import line, tag, text_field
-from tests.real.servers import Front, Influxd
+from tests.real.front import Front
+from tests.real.servers import Influxd
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("influx")]
 

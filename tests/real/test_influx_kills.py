@@ -15,7 +15,8 @@ import pytest
 
 from powerd.sinks.spool import read_dead
 from tests.e2e.live import LiveNode, wait_for
-from tests.real.servers import Front, Influxd, need
+from tests.real.front import Front
+from tests.real.servers import Influxd, need
 from tests.real.test_influx_daemon import section
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("influx")]

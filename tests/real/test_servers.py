@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.servers import Front, Influxd, Prometheus, VictoriaMetrics, wait_for
+from tests.real.front import Front
+from tests.real.servers import Influxd, Prometheus, VictoriaMetrics, wait_for
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("influx")]
 

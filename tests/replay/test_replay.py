@@ -187,6 +187,7 @@ def test_predictions_are_made_of_the_past(hour: Trace) -> None:
     first, second = (workload.workload(t, base, session.first_half(hour)).requests for t in (part, swapped))
     assert np.array_equal(first.routed_class, second.routed_class)
     assert first.predicted_tokens is not None
+    assert second.predicted_tokens is not None
     assert np.array_equal(first.predicted_tokens, second.predicted_tokens)
 
 

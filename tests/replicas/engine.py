@@ -136,7 +136,8 @@ class Endpoint:
             def log_message(self, *_: object) -> None:
                 return None
 
-        self._server = _UnixServer(str(path), Handler) if path else http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        address: Any = str(path) if path else ("127.0.0.1", port)
+        self._server = (_UnixServer if path else http.server.ThreadingHTTPServer)(address, Handler)
         self._server.daemon_threads = True
         self.port = 0 if path else int(self._server.server_address[1])
         self.url = f"unix:{path}:/metrics" if path else f"http://127.0.0.1:{self.port}/metrics"

@@ -46,14 +46,16 @@ def test_first_tokens_are_late_only_where_no_longer_prompt_explains_them() -> No
     engine = Engine(prompts=[])
     seen = window(CLASSES, engine)
     assert engine.prompts is not None
-    engine.prompts += [300] * 60 + [800] * 20 + [3000] * 20
+    assert engine.prompts is not None
+    engine.prompts += [300.0] * 60 + [800.0] * 20 + [3000.0] * 20
     engine.ttft += [0.5] * 60 + [1.2] * 20 + [2.4] * 20
     figures = seen.add(NS, parse(engine.page()))
     assert figures.ttft.kept is False, "2.5 is the edge above 1.2 s: 40 of 100 may be later than 1.5 s, 20 are long"
     assert figures.ttft.share == pytest.approx(0.8)
     engine = Engine(prompts=[])
     seen = window(CLASSES, engine)
-    engine.prompts += [300] * 60 + [800] * 20 + [3000] * 20
+    assert engine.prompts is not None
+    engine.prompts += [300.0] * 60 + [800.0] * 20 + [3000.0] * 20
     engine.ttft += [0.5] * 60 + [0.9] * 20 + [2.4] * 20
     assert seen.add(NS, parse(engine.page())).ttft.kept is True
     engine.ttft += [0.9] * 97 + [9.0] * 3

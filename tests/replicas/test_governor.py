@@ -50,6 +50,9 @@ class Rig:
             ceiling = self.governor.good(self.now_s, self.figures())
         return ceiling.clock_mhz
 
+    def state(self) -> State:
+        return self.governor.state
+
     def figures(self) -> Figures:
         return self.window.add(round(self.now_s * 1e9), parse(self.engine.page()))
 
@@ -67,7 +70,7 @@ def test_a_new_replica_has_the_full_clock_until_enough_good_pages_came() -> None
     rig = Rig()
     assert rig.governor.ceiling.clock_mhz is None
     assert [rig.good() for _ in range(4)] == [None, None, 1200, 1200]
-    assert rig.governor.state is State.FRESH
+    assert rig.state() is State.FRESH
 
 
 def test_what_the_engine_says_reaches_the_policy() -> None:
@@ -85,10 +88,10 @@ def test_one_absurd_page_means_full_clock_and_several_good_ones_the_way_back() -
     rig = Rig()
     rig.good(5)
     assert rig.governor.garbage("its buckets fall").clock_mhz is None
-    assert rig.governor.state is State.STALE
+    assert rig.state() is State.STALE
     assert rig.governor.ceiling.reason == "its buckets fall"
     assert [rig.good() for _ in range(3)] == [None, None, 1200]
-    assert rig.governor.state is State.FRESH
+    assert rig.state() is State.FRESH
     rig.governor.garbage("again")
     rig.good(2)
     rig.governor.garbage("and again")
@@ -99,13 +102,13 @@ def test_silence_means_full_clock_after_the_stale_time_and_at_once_while_parked(
     rig = Rig()
     rig.good(5)
     assert rig.governor.silent(rig.now_s + 3.9, "no answer").clock_mhz == 1200
-    assert rig.governor.state is State.FRESH
+    assert rig.state() is State.FRESH
     assert rig.governor.silent(rig.now_s + 4.0, "no answer").clock_mhz is None
-    assert rig.governor.state is State.STALE
+    assert rig.state() is State.STALE
     rig = Rig()
     rig.engine.running = 0
     rig.good(12)
-    assert rig.governor.state is State.IDLE
+    assert rig.state() is State.IDLE
     assert rig.governor.silent(rig.now_s + 0.5, "no answer in time").clock_mhz is None, "who knows what has come meanwhile"
 
 
@@ -114,12 +117,12 @@ def test_a_replica_with_nothing_to_do_is_idle_after_a_while_and_wakes_with_the_f
     rig.good(3)
     rig.engine.running = 0
     rig.good(9)
-    assert rig.governor.state is State.FRESH
+    assert rig.state() is State.FRESH
     rig.good(1)
-    assert rig.governor.state is State.IDLE
+    assert rig.state() is State.IDLE
     rig.engine.waiting = 1
     rig.good(1)
-    assert rig.governor.state is State.FRESH
+    assert rig.state() is State.FRESH
 
 
 def test_a_ceiling_is_never_below_what_was_decided_and_the_highest_is_none() -> None:
@@ -138,7 +141,7 @@ def test_a_broken_promise_is_the_full_clock_and_later_decisions_keep_further_awa
     rig = Rig()
     assert rig.good(3) == 1200
     assert rig.good(1, ttft=0.9) is None
-    assert rig.governor.state is State.FRESH
+    assert rig.state() is State.FRESH
     assert rig.governor.ceiling.reason == "full clock: p99 of TTFT is up to 1 s, the SLO 0.5 s"
     assert rig.good(1) is None, "still within the window"
     more_mhz = round(STEP_SHARE * 1980)
@@ -161,7 +164,7 @@ def test_an_idle_replica_is_parked_whatever_its_last_requests_felt() -> None:
     rig.good(1, ttft=0.9)
     rig.engine.running = 0
     assert rig.good(2) == 1305, "held, and further up than before"
-    assert rig.governor.state is State.IDLE
+    assert rig.state() is State.IDLE
 
 
 def test_without_a_profile_the_clock_is_only_ever_parked() -> None:

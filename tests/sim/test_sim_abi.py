@@ -6,6 +6,7 @@ import ctypes
 import inspect
 import re
 import subprocess
+from typing import Any
 
 import pynvml
 import pytest
@@ -15,7 +16,7 @@ from powerd.sim.build import build
 from powerd.sim.layout import STRUCTURES, bind
 
 # C structure -> ctypes structure of the bindings. `nvml_process_info_v1` and `nvml_sample` have none that differs.
-PAIRS = {
+PAIRS: dict[str, Any] = {
     "nvml_utilization": pynvml.c_nvmlUtilization_t,
     "nvml_memory": pynvml.c_nvmlMemory_t,
     "nvml_memory_v2": pynvml.c_nvmlMemory_v2_t,

@@ -19,7 +19,8 @@ def code_of(function: Any, *args: Any) -> int:
     try:
         function(*args)
     except p.NVMLError as error:
-        return int(error.value)
+        raised: Any = error  # pynvml declares no value
+        return int(raised.value)
     return 0
 
 

@@ -15,6 +15,7 @@ import pytest
 from powerd.sim import workload
 from powerd.sim.calibration import load_profile
 from powerd.sim.kernels import profile_path
+from powerd.sim.node import SimError
 from powerd.sim.workload import Context, GpuLostError
 
 FORWARD = "gpt3-175b/0/forward"
@@ -139,9 +140,9 @@ def test_unknown_kernels_and_silly_numbers_are_refused(make_node: Any) -> None:
             context.load(1.5, 1.0)
         with pytest.raises(ValueError, match="a load lasts"):
             context.blocked(-1.0)
-        with pytest.raises(workload.SimError, match="refused"):
+        with pytest.raises(SimError, match="refused"):
             context.run([(FORWARD, -1.0)])
-    with pytest.raises(workload.SimError, match="no such GPU"):
+    with pytest.raises(SimError, match="no such GPU"):
         Context(7, node=node)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from powerd.clock import NS, RealClock
 from powerd.config import StoreConfig
@@ -12,7 +13,7 @@ A, B = (f"GPU-00000000-0000-0000-0000-00000000000{n}" for n in (1, 2))
 T0 = 1_800_000_000 // 3600 * 3600  # a whole hour
 
 
-def snapshot(second: float, gpus: tuple[str, ...] = (A, B), **fields: object) -> Snapshot:
+def snapshot(second: float, gpus: tuple[str, ...] = (A, B), **fields: Any) -> Snapshot:
     ns = round((T0 + second) * NS)
     return Snapshot(0, ns, ns, tuple(Reading(uuid, ns, Health.UP, 1, **fields) for uuid in gpus))
 

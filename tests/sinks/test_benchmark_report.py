@@ -15,7 +15,7 @@ def report(name: str, value: float) -> Report:
     return made
 
 
-def test_writing_one_section_leaves_the_others(tmp_path: Path):
+def test_writing_one_section_leaves_the_others(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     write([report("first", 1.0), report("second", 2.0), report("third", 3.0)], page)
     write([report("second", 22.0)], page)
@@ -30,12 +30,12 @@ def test_writing_one_section_leaves_the_others(tmp_path: Path):
     assert page.read_text().replace(" UTC", "")[:40] == before.replace(" UTC", "")[:40]
 
 
-def test_percentiles_are_measured_values():
+def test_percentiles_are_measured_values() -> None:
     assert [percentile(list(range(1, 101)), p) for p in (0.5, 0.99, 1.0)] == [50, 99, 100]
     assert percentile([7.0], 0.99) == 7.0
 
 
-def test_the_command_prints_json_and_refuses_unknown_names():
+def test_the_command_prints_json_and_refuses_unknown_names() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "energy", "--json"], capture_output=True, text=True, timeout=120, check=False
     )

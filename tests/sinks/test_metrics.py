@@ -47,7 +47,7 @@ def page(metrics: Metrics, now_ns: int | None = None) -> dict[tuple[str, tuple[t
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for s in samples}
 
 
-def of(samples: dict, name: str, **labels: str) -> float | None:
+def of(samples: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: str, **labels: str) -> float | None:
     found = [v for (n, has), v in samples.items() if n == name and set(labels.items()) <= set(has)]
     assert len(found) <= 1, found
     return found[0] if found else None
@@ -57,7 +57,7 @@ def observed(*readings: Reading, time_ns: int = 100 * NS) -> Snapshot:
     return Snapshot(1, time_ns, time_ns, readings)
 
 
-def test_readings_become_base_units():
+def test_readings_become_base_units() -> None:
     metrics = Metrics()
     metrics.gpus([capabilities(A, 0)])
     metrics.observe(observed(FULL))
@@ -74,7 +74,7 @@ def test_readings_become_base_units():
     assert limits == {"requested": 400, "enforced": 390, "default": 450}
 
 
-def test_what_is_not_known_is_absent_and_up_stays_at_zero_for_a_lost_gpu():
+def test_what_is_not_known_is_absent_and_up_stays_at_zero_for_a_lost_gpu() -> None:
     metrics = Metrics()
     lost = Reading(B, 100 * NS, Health.LOST, 1)
     bare = Reading(A, 100 * NS, Health.UP, 1, power_mw=1000)
@@ -87,7 +87,7 @@ def test_what_is_not_known_is_absent_and_up_stays_at_zero_for_a_lost_gpu():
     assert of(samples, "powerd_gpu_power_watts", uuid=A) == 1
 
 
-def test_clock_event_time_is_summed_up_by_reason_and_holes_count_for_nobody():
+def test_clock_event_time_is_summed_up_by_reason_and_holes_count_for_nobody() -> None:
     metrics = Metrics()
     for tick in range(11):
         metrics.observe(observed(replace(FULL, time_ns=tick * NS // 10 + NS, clock_event_reasons=0x4 if tick < 6 else 0x24)))
@@ -98,7 +98,7 @@ def test_clock_event_time_is_summed_up_by_reason_and_holes_count_for_nobody():
     assert of(samples, "powerd_gpu_clock_event_seconds_total", reason="hw_slowdown") is None
 
 
-def test_the_energy_counter_never_goes_backwards():
+def test_the_energy_counter_never_goes_backwards() -> None:
     metrics = Metrics()
     seen = []
     for energy, epoch, health in ((5000, 1, Health.UP), (9000, 1, Health.UP), (100, 2, Health.UP), (None, 2, Health.LOST),
@@ -108,7 +108,7 @@ def test_the_energy_counter_never_goes_backwards():
     assert seen == [5, 9, 9.1, 9.1, 9.15, 11.1]
 
 
-def test_what_the_daemon_tells_is_on_the_page():
+def test_what_the_daemon_tells_is_on_the_page() -> None:
     metrics = Metrics()
     metrics.build("1.2.3", simulated=True)
     metrics.restored(Restart.LEASE_END)
@@ -133,7 +133,7 @@ def test_what_the_daemon_tells_is_on_the_page():
     assert of(samples, "powerd_set_seconds_sum", control="sm_clock") == 0.255
 
 
-def test_openmetrics_is_served_when_asked_for_and_parses():
+def test_openmetrics_is_served_when_asked_for_and_parses() -> None:
     metrics = Metrics()
     metrics.gpus([capabilities(A, 0)])
     metrics.observe(observed(FULL))
@@ -147,7 +147,7 @@ def test_openmetrics_is_served_when_asked_for_and_parses():
     assert metrics.render("text/plain")[1].startswith("text/plain")
 
 
-def test_names_or_labels_outside_the_table_are_refused():
+def test_names_or_labels_outside_the_table_are_refused() -> None:
     metrics = Metrics()
     with pytest.raises(KeyError):
         metrics.set("powerd_nonsense", 1)
@@ -155,7 +155,7 @@ def test_names_or_labels_outside_the_table_are_refused():
         metrics.add("powerd_restore", 1)
 
 
-def test_the_table_keeps_to_prometheus_rules():
+def test_the_table_keeps_to_prometheus_rules() -> None:
     units = ("joules", "watts", "hertz", "celsius", "bytes", "seconds", "ratio")
     assert len({m.name for m in METRICS}) == len(METRICS)
     for metric in METRICS:
@@ -168,18 +168,18 @@ def test_the_table_keeps_to_prometheus_rules():
             assert metric.name.endswith(metric.unit)
 
 
-def test_docs_metrics_md_is_what_the_table_says():
+def test_docs_metrics_md_is_what_the_table_says() -> None:
     page_file = Path(__file__).parents[2] / "docs" / "metrics.md"
     assert page_file.read_text() == documentation(), "run: python -m powerd.sinks.metrics > docs/metrics.md"
 
 
-def test_a_counter_of_events_is_there_before_the_first_one():
+def test_a_counter_of_events_is_there_before_the_first_one() -> None:
     samples = page(Metrics())
     assert {labels[0][1] for (name, labels) in samples if name == "powerd_drift_total"} == {str(c) for c in Control}
     assert of(samples, "powerd_restore_total", cause="panic") == 0
 
 
-def test_who_set_what_is_named_by_user_or_policy_and_baseline_by_nobody():
+def test_who_set_what_is_named_by_user_or_policy_and_baseline_by_nobody() -> None:
     metrics = Metrics()
     metrics.gpus([capabilities(A, 0), capabilities(B, 1)])
     lease = Want("l1", A, Control.SM_CLOCK, Interval(210, 1200), WantClass.LEASE, "tests")
@@ -200,7 +200,7 @@ def test_who_set_what_is_named_by_user_or_policy_and_baseline_by_nobody():
     assert not [name for (name, _) in page(metrics) if name in ("powerd_gpu_set_by", "powerd_user_leases")]
 
 
-def test_a_named_job_is_shown_while_it_is_told_and_its_energy_never_falls():
+def test_a_named_job_is_shown_while_it_is_told_and_its_energy_never_falls() -> None:
     metrics = Metrics()
     job = JobView("tiny", "running", 0, None, 9, 1, 2.5, 4000.0, 400.0, 0.2, "p1", (A,))
     show_jobs(metrics, [job])

@@ -1,7 +1,9 @@
 """The embedded store: what is kept, how it is rolled up, and what a query answers."""
 
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,12 +11,12 @@ from powerd.clock import NS
 from powerd.errors import RequestError
 from powerd.model import Event, Reading
 from powerd.sinks import store as module
-from powerd.sinks.columns import COLUMNS, TABLES
+from powerd.sinks.columns import COLUMNS, TABLES, Column, select
 from powerd.sinks.store import MAX_SCAN_ROWS
 from tests.sinks.stored import T0, A, B, fill, snapshot, store, wait_until_rows
 
 
-def test_ten_samples_a_second_become_one_row_of_means_and_last_values(tmp_path: Path):
+def test_ten_samples_a_second_become_one_row_of_means_and_last_values(tmp_path: Path) -> None:
     first = store(tmp_path)
     for tenth in range(20):
         first.append(
@@ -37,7 +39,7 @@ def test_ten_samples_a_second_become_one_row_of_means_and_last_values(tmp_path: 
     assert series.columns["temperature_c"] == series.columns["sm_clock_mhz"] == (None, None)
 
 
-def test_a_lost_gpu_leaves_a_hole_and_no_zero(tmp_path: Path):
+def test_a_lost_gpu_leaves_a_hole_and_no_zero(tmp_path: Path) -> None:
     first = store(tmp_path)
     first.append(snapshot(0, power_mw=100_000))
     first.append(snapshot(1))
@@ -48,14 +50,15 @@ def test_a_lost_gpu_leaves_a_hole_and_no_zero(tmp_path: Path):
     again.close()
 
 
-def test_rollups_agree_with_raw_rows_and_energy_differences_telescope(tmp_path: Path):
+def test_rollups_agree_with_raw_rows_and_energy_differences_telescope(tmp_path: Path) -> None:
     first = store(tmp_path)
     fill(first, range(0, 2 * 3600 + 65))
     first.close()
     again = store(tmp_path)
-    tables = {}
+    tables: dict[str, list[tuple[Any, ...]]] = {}
     for table, step in TABLES.items():
-        rows = list(again.rows([A], T0, T0 + 7200, ["power_mw", "power_mw_max", "power_mw_min", "energy_mj"], table))
+        columns = ["power_mw", "power_mw_max", "power_mw_min", "energy_mj"]
+        rows: list[tuple[Any, ...]] = list(again.rows([A], T0, T0 + 7200, columns, table))
         assert len(rows) == 7200 // step
         assert [r[0] for r in rows] == [T0 + step * n for n in range(7200 // step)]
         tables[table] = rows
@@ -68,31 +71,31 @@ def test_rollups_agree_with_raw_rows_and_energy_differences_telescope(tmp_path: 
         assert energies[-1] == tables["raw"][-1][5]
 
 
-def test_the_last_known_counter_is_kept_when_the_newest_sample_has_none(tmp_path: Path):
+def test_the_last_known_counter_is_kept_when_the_newest_sample_has_none(tmp_path: Path) -> None:
     first = store(tmp_path)
     fill(first, range(0, 50))
     for second in range(50, 125):
         first.append(snapshot(second, power_mw=50_000))
     first.close()
     again = store(tmp_path)
-    rows = list(again.rows([A], T0, T0 + 120, ["energy_mj"], "r60"))
+    rows: list[tuple[Any, ...]] = list(again.rows([A], T0, T0 + 120, ["energy_mj"], "r60"))
     again.close()
     assert [r[2] for r in rows] == [300_000.0 * 49, None]
 
 
-def test_rollups_go_on_where_an_earlier_run_ended(tmp_path: Path):
+def test_rollups_go_on_where_an_earlier_run_ended(tmp_path: Path) -> None:
     for part in (range(0, 90), range(90, 200)):
         one = store(tmp_path)
         fill(one, part)
         one.close()
     again = store(tmp_path)
-    rows = list(again.rows([A], T0, T0 + 180, ["power_mw", "energy_mj"], "r60"))
+    rows: list[tuple[Any, ...]] = list(again.rows([A], T0, T0 + 180, ["power_mw", "energy_mj"], "r60"))
     again.close()
     assert [r[3] for r in rows] == [300_000.0 * 59, 300_000.0 * 119, 300_000.0 * 179]
     assert {r[2] for r in rows} == {450_000.0}
 
 
-def test_a_wall_clock_that_steps_back_is_rolled_up_anew(tmp_path: Path):
+def test_a_wall_clock_that_steps_back_is_rolled_up_anew(tmp_path: Path) -> None:
     one = store(tmp_path)
     fill(one, range(0, 200))
     wait_until_rows(one, 199 * 2)
@@ -101,9 +104,9 @@ def test_a_wall_clock_that_steps_back_is_rolled_up_anew(tmp_path: Path):
     fill(one, range(200, 310))
     one.close()
     again = store(tmp_path)
-    rows = {r[0] - T0: r[2] for r in again.rows([A], T0, T0 + 300, ["power_mw"], "r60")}
+    rows: list[tuple[Any, ...]] = list(again.rows([A], T0, T0 + 300, ["power_mw"], "r60"))
     again.close()
-    assert rows == {0: 450_000, 60: 900_000, 120: 450_000, 180: 450_000, 240: 450_000}
+    assert {r[0] - T0: r[2] for r in rows} == {0: 450_000, 60: 900_000, 120: 450_000, 180: 450_000, 240: 450_000}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("hours", "points", "table", "step_s"),
     [(1, 100, "raw", 36), (10, 3600, "raw", 10), (40, 1000, "r60", 180), (40, 100, "r60", 1440)],
 )
-def test_the_range_picks_the_table_and_points_bound_the_answer(big: Path, hours: int, points: int, table: str, step_s: int):
+def test_the_range_picks_the_table_and_points_bound_the_answer(
+    big: Path, hours: int, points: int, table: str, step_s: int
+) -> None:
     one = store(big)
     view = one.history([A, B], T0, T0 + hours * 3600, points, ["power_mw"])
     one.close()
@@ -142,10 +147,14 @@ def test_the_range_picks_the_table_and_points_bound_the_answer(big: Path, hours:
         assert set(series.columns["power_mw"]) <= {300_000.0} | set(series.columns["power_mw"][-1:])
 
 
-def test_no_query_scans_more_rows_than_promised(big: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_query_scans_more_rows_than_promised(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    real = module.select
-    monkeypatch.setattr(module, "select", lambda table, *a, **k: asked.append(table) or real(table, *a, **k))
+
+    def counted(table: str, columns: Iterable[Column], *, one_gpu: bool) -> str:
+        asked.append(table)
+        return select(table, columns, one_gpu=one_gpu)
+
+    monkeypatch.setattr(module, "select", counted)
     one = store(big)
     for hours in (0.1, 1, 5, 13, 14, 30, 40, 24 * 365):
         view = one.history([A, B], T0, T0 + hours * 3600, 500, ["power_mw"])
@@ -155,7 +164,7 @@ def test_no_query_scans_more_rows_than_promised(big: Path, monkeypatch: pytest.M
     one.close()
 
 
-def test_a_long_range_over_young_data_is_answered_from_the_finest_rows(tmp_path: Path):
+def test_a_long_range_over_young_data_is_answered_from_the_finest_rows(tmp_path: Path) -> None:
     one = store(tmp_path)
     fill(one, range(0, 300))
     one.close()
@@ -166,7 +175,7 @@ def test_a_long_range_over_young_data_is_answered_from_the_finest_rows(tmp_path:
     assert len(view.series[0].time_s) == 300
 
 
-def test_unknown_columns_ranges_and_gpus(tmp_path: Path):
+def test_unknown_columns_ranges_and_gpus(tmp_path: Path) -> None:
     one = store(tmp_path)
     fill(one, range(0, 3))
     one.close()
@@ -182,7 +191,7 @@ def test_unknown_columns_ranges_and_gpus(tmp_path: Path):
     again.close()
 
 
-def test_events_come_back_as_they_went_in(tmp_path: Path):
+def test_events_come_back_as_they_went_in(tmp_path: Path) -> None:
     one = store(tmp_path)
     event = Event(7, 5, T0 * NS, "drift", A, "sm_clock", "changed by pid 9", {"to_mhz": 1200, "held": None})
     one.append_event(event)
@@ -196,5 +205,5 @@ def test_events_come_back_as_they_went_in(tmp_path: Path):
     assert stored.wall_ns == T0 * NS
 
 
-def test_columns_are_fields_of_a_reading():
+def test_columns_are_fields_of_a_reading() -> None:
     assert {c.name for c in COLUMNS} <= set(Reading.__dataclass_fields__)

@@ -9,7 +9,7 @@ from powerd.records import HostLoad
 from tests.sinks.stored import T0, A, B, fill, store
 
 
-def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path):
+def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path) -> None:
     config = StoreConfig(raw_hours=1.0)
     for begin in range(0, 4 * 3600, 1800):
         one = store(tmp_path, config)
@@ -27,7 +27,7 @@ def test_old_rows_go_in_small_steps_and_rollups_stay(tmp_path: Path):
     again.close()
 
 
-def test_room_of_old_rows_is_given_back_to_the_file_system(tmp_path: Path):
+def test_room_of_old_rows_is_given_back_to_the_file_system(tmp_path: Path) -> None:
     config = StoreConfig(raw_hours=1.0)
     one = store(tmp_path, config)
     fill(one, range(0, 1800))
@@ -42,7 +42,7 @@ def test_room_of_old_rows_is_given_back_to_the_file_system(tmp_path: Path):
     assert free < pages / 4
 
 
-def test_the_hosts_old_rows_are_thinned_to_one_a_minute_and_their_energy_stays(tmp_path: Path):
+def test_the_hosts_old_rows_are_thinned_to_one_a_minute_and_their_energy_stays(tmp_path: Path) -> None:
     one = store(tmp_path, StoreConfig(raw_hours=1.0))
     for second in range(0, 3 * 3600, 5):
         one.append_load(HostLoad((T0 + second) * NS, 0.5, 1.0, 1 << 30, 2 << 30, (), 10.0 * second))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ while True:
 """
 
 
-def test_sigkill_loses_nothing_that_was_committed(tmp_path: Path):
+def test_sigkill_loses_nothing_that_was_committed(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     for round_number in range(3):
         t0 = T0 + round_number * 100_000
@@ -55,8 +56,8 @@ def test_sigkill_loses_nothing_that_was_committed(tmp_path: Path):
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
         again = store(tmp_path)
-        rows = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "raw"))
-        minutes = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "r60"))
+        rows: list[tuple[Any, ...]] = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "raw"))
+        minutes: list[tuple[Any, ...]] = list(again.rows([A], t0, t0 + 100_000, ["energy_mj"], "r60"))
         assert again.stats().quarantined == 0
         again.close()
         assert len(rows) >= told
@@ -113,7 +114,7 @@ print(json.dumps({"problem": full.problem, "errors": full.errors, "rows": after.
 """
 
 
-def test_a_full_disk_is_told_counted_and_forgotten_when_there_is_room_again(tmp_path: Path):
+def test_a_full_disk_is_told_counted_and_forgotten_when_there_is_room_again(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(path), str(T0), A], capture_output=True, text=True, timeout=120, check=False
@@ -130,7 +131,7 @@ def test_a_full_disk_is_told_counted_and_forgotten_when_there_is_room_again(tmp_
     assert len(rows) == told["rows"]
 
 
-def test_a_place_that_cannot_be_written_degrades_and_never_raises(tmp_path: Path):
+def test_a_place_that_cannot_be_written_degrades_and_never_raises(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     one = Store(blocked / "store.sqlite", StoreConfig(), RealClock())
@@ -145,7 +146,7 @@ def test_a_place_that_cannot_be_written_degrades_and_never_raises(tmp_path: Path
     assert "file" in stats.problem
 
 
-def test_a_corrupt_file_is_put_aside_and_a_new_one_begun(tmp_path: Path):
+def test_a_corrupt_file_is_put_aside_and_a_new_one_begun(tmp_path: Path) -> None:
     (tmp_path / "store.sqlite").write_bytes(b"this is not a database" * 1000)
     one = store(tmp_path)
     fill(one, range(0, 200))
@@ -157,7 +158,7 @@ def test_a_corrupt_file_is_put_aside_and_a_new_one_begun(tmp_path: Path):
     again.close()
 
 
-def test_a_file_torn_in_the_middle_is_put_aside_when_it_is_noticed(tmp_path: Path):
+def test_a_file_torn_in_the_middle_is_put_aside_when_it_is_noticed(tmp_path: Path) -> None:
     one = store(tmp_path)
     fill(one, range(0, 2000))
     one.close()
@@ -174,7 +175,7 @@ def test_a_file_torn_in_the_middle_is_put_aside_when_it_is_noticed(tmp_path: Pat
     assert again.stats().rows == 400
 
 
-def test_a_writer_that_is_stuck_costs_rows_and_never_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_writer_that_is_stuck_costs_rows_and_never_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     real = writer.Writer._guarded
     monkeypatch.setattr(writer.Writer, "_guarded", lambda self: (gate.wait(), real(self))[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,14 +25,14 @@ class Book:
         self.table.listeners.append(self.records.append)
         self.now_ns = 1000 * NS
 
-    def say(self, kind: str, job: str = "j", uid: int = 7, **more: object) -> None:
-        self.table.add(job, uid, JobEvent(kind, **more), 10**18 + self.now_ns, self.now_ns)  # type: ignore[arg-type]
+    def say(self, kind: str, job: str = "j", uid: int = 7, **more: Any) -> None:
+        self.table.add(job, uid, JobEvent(kind, **more), 10**18 + self.now_ns, self.now_ns)
 
-    def step(self, number: int, energy_j: float | None = 100.0, *, gpu: str = A, time_s: float = 1.0, **more: object) -> None:
+    def step(self, number: int, energy_j: float | None = 100.0, *, gpu: str = A, time_s: float = 1.0, **more: Any) -> None:
         begin = self.now_ns
-        self.say("step", steps=(JobStep(number, begin, begin + round(time_s * NS), (gpu,), energy_j=energy_j, **more),))  # type: ignore[arg-type]
+        self.say("step", steps=(JobStep(number, begin, begin + round(time_s * NS), (gpu,), energy_j=energy_j, **more),))
 
-    def steps(self, first: int, last: int, energy_j: float | None = 100.0, **more: object) -> None:
+    def steps(self, first: int, last: int, energy_j: float | None = 100.0, **more: Any) -> None:
         for number in range(first, last + 1):
             self.now_ns += 2 * NS
             self.step(number, energy_j, **more)

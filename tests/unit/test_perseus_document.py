@@ -13,7 +13,7 @@ import pytest
 from powerd.errors import RequestError
 from powerd_policies.perseus import baselines, document, profile, schedules, solve
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "stage": s,
         "instruction": kind,

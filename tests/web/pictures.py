@@ -17,7 +17,7 @@ from PIL import Image
 
 from powerd.client import Client, JobLog
 from powerd.model import ClockPlan
-from powerd.replicatypes import ReplicaRequest, SloSpec
+from powerd.replicatypes import ReplicaRequest, ReplicaView, SloSpec
 from tests.e2e.live import LiveNode, wait_for
 from tests.replicas.engine import Endpoint, Engine
 from tests.web.stage import browser, fill_hour, opened, served
@@ -70,7 +70,10 @@ def inference(live: LiveNode, stack: contextlib.ExitStack) -> None:
         if name != "chat-1":
             for gpu in range(first, first + tp):
                 stack.enter_context(live.load(gpu, 0.5))
-    seen = lambda: {view.name: view for view in live.client.replicas()}  # noqa: E731
+
+    def seen() -> dict[str, ReplicaView]:
+        return {view.name: view for view in live.client.replicas()}
+
     wait_for("chat-2 is judged", lambda: seen()["chat-2"].within_slo is False, 60)
     wait_for("code-0 is held", lambda: seen()["code-0"].clock_mhz is not None, 60)
     wait_for("chat-3 is followed", lambda: seen()["chat-3"].state == "fresh", 60)

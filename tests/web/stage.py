@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -119,7 +119,7 @@ class Seen:
 @contextlib.contextmanager
 def opened(chrome: Browser, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Seen]:
     """The dashboard in a fresh browser profile."""
-    scheme = "dark" if dark else "light"
+    scheme: Literal["dark", "light"] = "dark" if dark else "light"
     context = chrome.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, service_workers="block")
     try:
         yield Seen(context.new_page()).enter(url)

@@ -66,7 +66,10 @@ def service() -> Iterator[Service]:
         node = stack.enter_context(LiveNode(gpus=4, more=QUICK))
         stack.enter_context(node.load(gpu=0, share=0.6))
         made = Service(node, stack)
-        state = lambda: sorted(view.state for view in node.client.replicas())  # noqa: E731
+
+        def state() -> list[str]:
+            return sorted(view.state for view in node.client.replicas())
+
         wait_for("all replicas are followed", lambda: state() == ["fresh", "fresh", "idle"])
         yield made
 

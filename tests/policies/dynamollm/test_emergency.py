@@ -22,7 +22,7 @@ from powerd_policies.dynamollm.emergency import (
     advance,
     slack_of,
 )
-from powerd_policies.dynamollm.fleet import FleetState, InstanceLoad, InstanceState
+from powerd_policies.dynamollm.fleet import FleetEvent, FleetState, InstanceLoad, InstanceState
 from powerd_policies.dynamollm.knobs import POLICIES
 from tests.policies.dynamollm.engines import engine
 
@@ -31,7 +31,8 @@ AT = engine().table[8, 1980]
 
 
 def test_a_burst_climbs_every_rung_with_an_event_each_and_calm_comes_back_the_same_way() -> None:
-    fleet, events, now_s = Emergencies(), [], 0.0
+    fleet, now_s = Emergencies(), 0.0
+    events: list[FleetEvent] = []
     for _ in range(8):
         measures = fleet.update(now_s, {"a": (-0.5, 0.25), "b": (0.2, 0.25)})
         events += measures.events
@@ -42,7 +43,7 @@ def test_a_burst_climbs_every_rung_with_an_event_each_and_calm_comes_back_the_sa
     assert measures.reordered == measures.max_clock == measures.resteered == measures.reshard == {"a"}
     assert measures.shed == {"a": 0.25}
     assert fleet.rung("b") == Rung.CALM
-    down = []
+    down: list[FleetEvent] = []
     for _ in range(60):
         down += fleet.update(now_s, {"a": (0.2, 0.25), "b": (0.2, 0.25)}).events
         now_s += 5.0

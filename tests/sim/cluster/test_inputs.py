@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_time_does_not_go_back() -> None:
 def test_structures_are_those_of_the_header() -> None:
     library = core.load()
     for number, structure in enumerate(core.STRUCTURES):
-        assert library.cluster_sizeof(number) == core.c.sizeof(structure)
+        assert library.cluster_sizeof(number) == ctypes.sizeof(structure)
 
 
 def test_the_core_compiles_without_a_warning() -> None:

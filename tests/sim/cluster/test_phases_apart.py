@@ -118,7 +118,7 @@ def test_first_tokens_come_before_there_is_anybody_to_decode() -> None:
 
 
 def test_kv_caches_stay_within_their_pool() -> None:
-    wants = [InstanceWant(None, pool, 1, 1000, role) for pool in "ab" for role in ("prefill", "decode")]  # type: ignore[arg-type]
+    wants = [InstanceWant(None, pool, 1, 1000, role) for pool in "ab" for role in ("prefill", "decode")]
     trace = steady(20, 0.02)
     cluster = Cluster(toy(), trace, patient(), CONFIG, 8)
     cluster.apply(FleetPlan(tuple(wants), dict.fromkeys(NAMES, ("b",))))
@@ -207,7 +207,7 @@ def mixed_run(config: ClusterConfig, *more: InstanceWant) -> bytes:
 def test_mixed_instances_are_the_same_to_the_byte_with_or_without_others_beside_them() -> None:
     alone = mixed_run(CONFIG)
     assert mixed_run(replace(CONFIG, links=Links(1.0, 1.0, 9.0))) == alone
-    assert mixed_run(CONFIG, *(InstanceWant(None, "far", 1, 1000, role) for role in ("prefill", "decode"))) == alone  # type: ignore[arg-type]
+    assert mixed_run(CONFIG, *(InstanceWant(None, "far", 1, 1000, role) for role in ("prefill", "decode"))) == alone
 
 
 @settings(max_examples=60, deadline=None)

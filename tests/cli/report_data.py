@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from powerd.api import JobView
 from powerd.cli.reports.counters import GpuSeries
@@ -16,13 +17,13 @@ END_S = BEGIN_S + STEPS * STEP_S
 WATTS = 300.0
 
 
-def view(**changes: object) -> JobView:
-    values: dict[str, object] = {
+def view(**changes: Any) -> JobView:
+    values: dict[str, Any] = {
         "job": "train-7", "state": "ended", "begin_wall_ns": int(BEGIN_S * 1e9), "end_wall_ns": int(END_S * 1e9), "steps": STEPS,
         "lost_steps": 0, "time_s": 1.9, "energy_j": 155_000.0, "energy_per_retained_step_j": None, "saving_fraction": None,
         "plan": "p-1", "gpus": UUIDS[:1],
     }  # fmt: skip
-    return JobView(**{**values, **changes})  # type: ignore[arg-type]
+    return JobView(**{**values, **changes})
 
 
 def steps(seed: int = 1, saving: float = 0.08) -> tuple[JobStepRow, ...]:
@@ -36,16 +37,16 @@ def steps(seed: int = 1, saving: float = 0.08) -> tuple[JobStepRow, ...]:
     return tuple(out)
 
 
-def course(**changes: object) -> GpuSeries:
+def course(**changes: Any) -> GpuSeries:
     """A second's samples of one GPU at 300 W, from ten seconds before the job to ten after it."""
     when = tuple(BEGIN_S - 10 + i for i in range(int(END_S - BEGIN_S) + 21))
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "uuid": UUIDS[0], "index": 0, "name": "NVIDIA A100-SXM4-80GB", "step_s": 1.0, "time_s": when,
         "energy_j": tuple(5000 + WATTS * (t - when[0]) for t in when), "power_w": (WATTS,) * len(when),
         "epoch": (1.0,) * len(when),
         "limit_w": 400.0,
     }  # fmt: skip
-    return GpuSeries(**{**values, **changes})  # type: ignore[arg-type]
+    return GpuSeries(**{**values, **changes})
 
 
 def node(name: str = "node7", seed: int = 1, saving: float = 0.08) -> NodeData:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from powerd.errors import EXIT_UNAVAILABLE, EXIT_USAGE
+from tests.cli.conftest import Powerctl
 from tests.client.fake_daemon import FakeDaemon
 from tests.e2e.live import wait_for
 
@@ -72,7 +73,7 @@ def test_a_link_nobody_used_leaves_no_file_either(started: subprocess.Popen[str]
     assert list(tmp_path.glob("powerd-*")) == []
 
 
-def test_a_port_that_is_taken_is_a_line(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_a_port_that_is_taken_is_a_line(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -81,6 +82,6 @@ def test_a_port_that_is_taken_is_a_line(daemon: FakeDaemon, powerctl) -> None:  
     assert "--port" in answer.err
 
 
-def test_without_a_daemon_there_is_no_link(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_daemon_there_is_no_link(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     answer = powerctl("--socket", str(tmp_path / "none"), "dashboard", "--no-open")
     assert (answer.code, answer.out) == (EXIT_UNAVAILABLE, "")

@@ -13,6 +13,7 @@ from powerd.cli.checks import Level
 from powerd.errors import EXIT_UNAVAILABLE
 from powerd.hw.journal import Journal
 from powerd.model import Control, Interval, Support
+from tests.cli.conftest import Powerctl
 from tests.client.fake_daemon import FakeDaemon, capability, node
 
 
@@ -79,14 +80,14 @@ def test_what_the_node_says_becomes_findings() -> None:
     assert {f.check for f in found if f.level is Level.PROBLEM} == {"daemon", "hw unit"}
 
 
-def test_without_a_daemon_the_rest_is_still_checked(powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_daemon_the_rest_is_still_checked(powerctl: Powerctl) -> None:
     answer = powerctl("--socket", "/nowhere/powerd.sock", "doctor", "--json")
     assert answer.code == EXIT_UNAVAILABLE
     found = {f["check"] for f in json.loads(answer.out)}
     assert {"driver", "daemon", "other managers"} <= found
 
 
-def test_a_good_node_is_told_to_be_good(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_a_good_node_is_told_to_be_good(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     answer = powerctl("doctor", "--json")
     levels = {f["check"]: f["level"] for f in json.loads(answer.out)}
     assert (levels["daemon"], levels["hw unit"], levels["control"]) == ("ok", "ok", "ok")

@@ -24,6 +24,7 @@ from powerd.errors import (
     EXIT_USAGE,
 )
 from powerd.model import Event, Verdict
+from tests.cli.conftest import Powerctl
 from tests.client.fake_daemon import UUIDS, FakeDaemon, node
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -47,7 +48,7 @@ READS = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_outputs_that_people_parse_stay_as_they_are(daemon: FakeDaemon, powerctl, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_outputs_that_people_parse_stay_as_they_are(daemon: FakeDaemon, powerctl: Powerctl, name: str) -> None:
     answer = powerctl(*READS[name])
     assert answer.code == 0, answer.err
     text = "\n".join(line.rstrip() for line in answer.out.splitlines()) + "\n"
@@ -57,14 +58,14 @@ def test_outputs_that_people_parse_stay_as_they_are(daemon: FakeDaemon, powerctl
     assert text == file.read_text(encoding="utf-8"), f"POWERD_WRITE_GOLDEN=1 pytest {__file__} writes it anew"
 
 
-def test_json_is_the_apis_own_types(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_json_is_the_apis_own_types(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     assert decode(api.Explain, json.loads(powerctl("explain", "1", "--json").out)).uuid == UUIDS[1]
     assert decode(tuple[Event, ...], json.loads(powerctl("events", "--json").out))[0].kind == "lease_granted"
     status = json.loads(powerctl("status", "--json").out)
     assert decode(api.NodeView, status["node"]) == node()
 
 
-def test_set_is_a_detached_lease_with_an_end(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_set_is_a_detached_lease_with_an_end(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     answer = powerctl("set", "0", "1", "--sm-clock", "1.2GHz", "--power-limit", "300W", "--for", "10m", "--reason", "cold aisle")
     assert answer.code == 0
     assert "lease lease-1: GPU 0, 1: sm_clock 1200 MHz; power_limit <= 300 W for 600 s (simulated" in answer.out
@@ -84,8 +85,8 @@ def test_set_is_a_detached_lease_with_an_end(daemon: FakeDaemon, powerctl) -> No
         ["resume", "--dry-run"],
     ],
 )
-def test_a_dry_run_says_what_would_happen_and_changes_nothing(  # type: ignore[no-untyped-def]
-    daemon: FakeDaemon, powerctl, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_dry_run_says_what_would_happen_and_changes_nothing(
+    daemon: FakeDaemon, powerctl: Powerctl, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     answer = powerctl(*words)
@@ -119,8 +120,8 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(  # type: ignore[n
         (["sweep", "--gpus", "0", "--slowdowns", "five", "--", "true"], EXIT_USAGE, "write percentages such as 0,5,10"),
     ],
 )
-def test_an_error_is_one_line_that_says_what_to_do(  # type: ignore[no-untyped-def]
-    daemon: FakeDaemon, powerctl, words: list[str], code: int, line: str
+def test_an_error_is_one_line_that_says_what_to_do(
+    daemon: FakeDaemon, powerctl: Powerctl, words: list[str], code: int, line: str
 ) -> None:
     answer = powerctl(*words)
     assert answer.code == code
@@ -131,7 +132,7 @@ def test_an_error_is_one_line_that_says_what_to_do(  # type: ignore[no-untyped-d
     assert daemon.leases == {}
 
 
-def test_exit_codes_tell_what_became_of_a_want(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_exit_codes_tell_what_became_of_a_want(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     words = ["set", "0", "--sm-clock", "1200MHz", "--for", "1m"]
     for verdict, code in ((Verdict.PENDING_LOAD, 0), (Verdict.PENDING, 0), (Verdict.OVERRIDDEN, EXIT_OVERRIDDEN)):
         daemon.verdict = verdict
@@ -147,14 +148,14 @@ def test_exit_codes_tell_what_became_of_a_want(daemon: FakeDaemon, powerctl) -> 
     assert powerctl("--socket", "/nowhere/powerd.sock", "status").code == EXIT_UNAVAILABLE
 
 
-def shell(*words: str, **options: object) -> subprocess.Popen[str]:
+def shell(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "powerd.cli.main", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 9", 9), ("kill -TERM $$", 143), ("kill -KILL $$", 137)])
-def test_run_ends_as_its_command_ends_and_tells_the_energy(  # type: ignore[no-untyped-def]
-    daemon: FakeDaemon, powerctl, script: str, code: int
+def test_run_ends_as_its_command_ends_and_tells_the_energy(
+    daemon: FakeDaemon, powerctl: Powerctl, script: str, code: int
 ) -> None:
     answer = powerctl("run", "--gpus", "0", "--sm-clock", "1200MHz", "--", "sh", "-c", f"echo out; {script}")
     assert answer.code == code
@@ -163,7 +164,7 @@ def test_run_ends_as_its_command_ends_and_tells_the_energy(  # type: ignore[no-u
     assert daemon.leases == {}
 
 
-def test_a_command_that_does_not_exist_is_127_and_leaves_nothing(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_a_command_that_does_not_exist_is_127_and_leaves_nothing(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     answer = powerctl("run", "--gpus", "0", "--sm-clock", "1200MHz", "--", "no-such-command-here")
     assert answer.code == 127
     assert "no-such-command-here: command not found" in answer.err
@@ -243,19 +244,19 @@ def encode(value: object) -> object:
     return to_json(value)
 
 
-def test_energy_of_a_command_keeps_its_exit_code(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_energy_of_a_command_keeps_its_exit_code(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     answer = powerctl("energy", "--gpus", "0", "--", "sh", "-c", "exit 5")
     assert answer.code == 5
     assert "1234.5 J" in answer.err
 
 
-def test_history_is_drawn(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_history_is_drawn(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     file = tmp_path / "h.svg"
     assert powerctl("history", "--plot", str(file)).code == 0
     assert "simulated" in file.read_text(encoding="utf-8") or file.stat().st_size > 5000
 
 
-def test_top_shows_pictures_and_ends(daemon: FakeDaemon, powerctl) -> None:  # type: ignore[no-untyped-def]
+def test_top_shows_pictures_and_ends(daemon: FakeDaemon, powerctl: Powerctl) -> None:
     answer = powerctl("top", "-n", "2", "-d", "0.1")
     assert answer.code == 0
     assert "NVIDIA A100-SXM4-80GB" in answer.out

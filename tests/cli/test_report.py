@@ -227,13 +227,15 @@ def test_a_file_of_nodes_says_what_is_wrong(tmp_path: Path) -> None:
 class _Metrics(BaseHTTPRequestHandler):
     """A metrics server's query API over one GPU that is scraped every 15 s; its counter restarts once."""
 
+    server: _MetricsServer
+
     def log_message(self, *_: object) -> None: ...
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
-        self.server.asked.append(query["query"])  # type: ignore[attr-defined]
-        if self.server.broken:  # type: ignore[attr-defined]
+        self.server.asked.append(query["query"])
+        if self.server.broken:
             return self._send(400, {"status": "error", "error": "bad range"})
         labels = {"instance": "n1:9478", "uuid": UUIDS[0], "gpu": "3", "name": "H100"}
         if parts.path.endswith("/query"):
@@ -261,10 +263,16 @@ class _Metrics(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class _MetricsServer(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Metrics)
+        self.asked: list[str] = []
+        self.broken = False
+
+
 @pytest.fixture
-def metrics() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Metrics)
-    server.asked, server.broken = [], False  # type: ignore[attr-defined]
+def metrics() -> Iterator[_MetricsServer]:
+    server = _MetricsServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     yield server
@@ -273,7 +281,7 @@ def metrics() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def test_energy_from_a_metrics_server_by_the_times_of_its_scrapes(metrics: ThreadingHTTPServer) -> None:
+def test_energy_from_a_metrics_server_by_the_times_of_its_scrapes(metrics: _MetricsServer) -> None:
     server = prometheus.Server.at(f"http://127.0.0.1:{metrics.server_port}", None, 10)
     data, begin_s, end_s = prometheus.collect(server, "train-7", BEGIN_S - 3600, END_S + 3600, lambda *_: None)
     assert begin_s == pytest.approx(BEGIN_S, abs=8)
@@ -287,8 +295,8 @@ def test_energy_from_a_metrics_server_by_the_times_of_its_scrapes(metrics: Threa
     assert any("--nodes" in gap.what for gap in report.gaps)
     with pytest.raises(RequestError, match="other"):
         prometheus.collect(server, 'other"} or vector(1) #', BEGIN_S, END_S, lambda *_: None)
-    assert metrics.asked[-1] == 'powerd_job_gpu{job="other\\"} or vector(1) #"}'  # type: ignore[attr-defined]
-    metrics.broken = True  # type: ignore[attr-defined]
+    assert metrics.asked[-1] == 'powerd_job_gpu{job="other\\"} or vector(1) #"}'
+    metrics.broken = True
     with pytest.raises(UnavailableError, match="400 bad range"):
         prometheus.collect(server, None, BEGIN_S, END_S, lambda *_: None)
 

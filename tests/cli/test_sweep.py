@@ -14,6 +14,7 @@ from powerd.errors import EXIT_CONFLICT, EXIT_OVERRIDDEN, EXIT_USAGE, RequestErr
 from powerd.model import Verdict
 from powerd.sweep import Row, Sweep, load, parse_clocks, save
 from powerd_policies.energy_optimal import Point, choose, pareto, reference
+from tests.cli.conftest import Powerctl
 from tests.client.fake_daemon import UUIDS, FakeDaemon
 
 A100 = tuple(range(210, 1411, 15))
@@ -86,7 +87,7 @@ def test_a_point_without_meaning_is_refused(bad: tuple[int, float, float]) -> No
         choose([], 0.1)
 
 
-def test_one_lease_many_clocks_and_files_of_the_fields_format(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_one_lease_many_clocks_and_files_of_the_fields_format(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     out, curve, count = tmp_path / "s.csv", tmp_path / "s.svg", tmp_path / "count"
     answer = powerctl(
         "sweep", "--gpus", "0", "--clocks", "1410,1200,900", "-o", str(out), "--plot", str(curve), "--stage", "3",
@@ -110,7 +111,7 @@ def test_one_lease_many_clocks_and_files_of_the_fields_format(daemon: FakeDaemon
     assert daemon.leases == {}
 
 
-def test_a_sweep_goes_on_where_it_broke_off(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_sweep_goes_on_where_it_broke_off(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     out, count = tmp_path / "s.csv", tmp_path / "count"
     script = f'echo x >> {count}; test "$(wc -l < {count})" -ne 2'  # fails the second time
     words = ["sweep", "--gpus", "0", "--clocks", "1410,1200,900", "-o", str(out), "--", "sh", "-c", script]
@@ -130,7 +131,7 @@ def test_a_sweep_goes_on_where_it_broke_off(daemon: FakeDaemon, powerctl, tmp_pa
     assert "holds a sweep of something else" in other.err
 
 
-def test_a_steady_command_is_timed_by_its_own_iterations(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_steady_command_is_timed_by_its_own_iterations(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     out = tmp_path / "s.csv"
     script = (
         "import os, time\n"
@@ -149,13 +150,13 @@ def test_a_steady_command_is_timed_by_its_own_iterations(daemon: FakeDaemon, pow
     assert all(r.executions >= 4 and r.time_s == pytest.approx(4.0 / r.executions) for r in sweep.rows)
 
 
-def test_a_steady_command_that_ends_early_keeps_what_was_measured(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_steady_command_that_ends_early_keeps_what_was_measured(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     answer = powerctl("sweep", "--steady", "--gpus", "0", "--clocks", "1410,1200", "-o", str(tmp_path / "s.csv"), "--", "true")
     assert answer.code == 1
     assert "ended before 1410 MHz was measured" in answer.err
 
 
-def test_a_clock_that_is_overridden_or_refused_is_told(daemon: FakeDaemon, powerctl, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_clock_that_is_overridden_or_refused_is_told(daemon: FakeDaemon, powerctl: Powerctl, tmp_path: Path) -> None:
     words = ["sweep", "--gpus", "0", "--clocks", "1410", "-o", str(tmp_path / "s.csv"), "--", "true"]
     daemon.verdict = Verdict.OVERRIDDEN
     answer = powerctl(*words)

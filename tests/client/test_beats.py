@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from typing import Any
 
 import pytest
 
@@ -205,11 +206,11 @@ def test_with_on_error_log_a_plan_that_cannot_be_is_one_warning(node: Node, capl
 
 
 @pytest.mark.parametrize("wrong", [(-1, 0), (1 << 32, 0), (0, 2.5), (None, 0), ("a", "b")])
-def test_numbers_that_are_no_beat_are_dropped(wrong: tuple[object, object]) -> None:
+def test_numbers_that_are_no_beat_are_dropped(wrong: tuple[Any, Any]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     view = PlanView("p", "l", "g", PlanState.ARMED, 1, None, None, None, 0, number=5)
     beats = Beats(None, view, theirs, lambda: None)
-    beats.send(*wrong)  # type: ignore[arg-type]
+    beats.send(*wrong)
     assert beats.dropped == 1
     beats.send(1, 0)
     assert ours.recv(64) == (5).to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes(4)

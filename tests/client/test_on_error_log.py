@@ -82,9 +82,9 @@ def silence(request: web.Request) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fault", [slowly, silence])
 def test_a_slow_daemon(daemon: FakeDaemon, method: str, fault: Any, caplog: pytest.LogCaptureFixture) -> None:
-    client = Client(on_error="log", timeout_s=0.05)
-    client._transport.timeout_s = 0.05  # type: ignore[union-attr]
-    client._wait = lambda wait_s: 0.05  # type: ignore[method-assign]
+    client: Any = Client(on_error="log", timeout_s=0.05)
+    client._transport.timeout_s = 0.05
+    client._wait = lambda wait_s: 0.05
     daemon.fault = fault
     METHODS[method](client)
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -145,9 +145,9 @@ def test_a_token_file_that_is_missing_does_not_stop_a_job() -> None:
 
 
 def test_trouble_that_ends_is_warned_of_again_when_it_returns(daemon: FakeDaemon, caplog: pytest.LogCaptureFixture) -> None:
-    client = Client(on_error="log")
+    client: Any = Client(on_error="log")
     for fault in (silence, None, silence):
-        client._transport.timeout_s = 0.05 if fault else 5.0  # type: ignore[union-attr]
+        client._transport.timeout_s = 0.05 if fault else 5.0
         daemon.fault = fault
         client.snapshot()
     assert [r.levelno for r in caplog.records].count(logging.WARNING) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +22,8 @@ from powerd.errors import EXIT_USAGE, RequestError
         (units.share, "5%", 0.05), (units.share, "0.1", 0.1), (units.share, "0", 0.0),
     ],
 )  # fmt: skip
-def test_what_is_understood(read: object, text: str, value: float) -> None:
-    assert read(text) == pytest.approx(value)  # type: ignore[operator]
+def test_what_is_understood(read: Callable[[str], float], text: str, value: float) -> None:
+    assert read(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +37,9 @@ def test_what_is_understood(read: object, text: str, value: float) -> None:
         (units.duration_s, "1h30", "is not a duration"), (units.share, "5", "between 0 and 100"), (units.share, "x", "like 5%"),
     ],
 )  # fmt: skip
-def test_what_is_refused_says_what_to_write(read: object, text: str, words: str) -> None:
+def test_what_is_refused_says_what_to_write(read: Callable[[str], float], text: str, words: str) -> None:
     with pytest.raises(RequestError, match=words) as caught:
-        read(text)  # type: ignore[operator]
+        read(text)
     assert caught.value.code.exit_code == EXIT_USAGE
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,9 +149,10 @@ def verbs() -> dict[str, set[str]]:
 
     from powerd.cli.main import build
 
+    powerctl: Any = get_command(build())
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     return {
-        "powerctl": set(get_command(build()).commands),  # type: ignore[attr-defined]
+        "powerctl": set(powerctl.commands),
         "powerd": {"run", "hw", "check-config", "restore", "sim"},
         "make": set(re.findall(r"^([a-z-]+):", makefile, re.M)),
     }

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 from powerd_policies.dynamollm import fit, profile_file, steady
 from tests.docs.markdown import ROOT
@@ -45,4 +46,4 @@ def test_every_assumption_is_on_the_page_with_its_default() -> None:
 def test_every_column_and_every_limit_is_on_the_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert [column for column in profile_file.COLUMNS if f"`{column}`" not in text] == []
-    assert [limit for limit in steady.Limit.__args__ if f"`{limit}`" not in text] == []  # type: ignore[attr-defined]
+    assert [limit for limit in get_args(steady.Limit) if f"`{limit}`" not in text] == []

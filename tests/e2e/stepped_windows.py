@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 from powerd.client import Client
 from powerd.clock import NS, Waiter, from_environment
@@ -76,14 +77,9 @@ def main() -> None:
             return thread
 
         share, more = divmod(windows, AT_ONCE * len(gpus))
-        loads = [start(lambda waiter, gpu=gpu: work(gpu, waiter), "load") for gpu, _ in gpus]  # type: ignore[misc]
+        loads = [start(partial(work, gpu), "load") for gpu, _ in gpus]
         measurers = [
-            start(
-                lambda waiter, gpu=gpu, uuid=uuid, number=number: measure(  # type: ignore[misc]
-                    gpu, uuid, number, share + (number * len(gpus) + gpu < more), waiter
-                ),
-                "window",
-            )
+            start(partial(measure, gpu, uuid, number, share + (number * len(gpus) + gpu < more)), "window")
             for gpu, uuid in gpus
             for number in range(AT_ONCE)
         ]

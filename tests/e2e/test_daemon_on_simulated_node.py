@@ -31,7 +31,8 @@ class SimRig(Rig):
     def __init__(self) -> None:
         self.node = sim_node.create("h100-sxm", gpus=2, time="real", seed=3)
         folder = Path(tempfile.mkdtemp(prefix="pd-"))
-        super().__init__(folder, Hw(folder / "none.sock"))  # type: ignore[arg-type]
+        hw: Any = Hw(folder / "none.sock")
+        super().__init__(folder, hw)
 
     def command(self, *options: str) -> list[str]:
         words = [w for w in super().command(*options) if w not in ("--hw-socket", str(self.hw.path))]

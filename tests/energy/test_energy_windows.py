@@ -1,6 +1,7 @@
 """What a window says when counters restart, stand still or jump, and when a GPU is gone: synthetic readings."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -53,12 +54,12 @@ class Bench:
     def end(self, id: str, wait: bool = False) -> WindowView:
         return asyncio.run(self.windows.end(id, wait))
 
-    def window(self, before: object, seconds: float = 10) -> EnergyFigure:
+    def window(self, before: Callable[[], object], seconds: float = 10) -> EnergyFigure:
         """A window around something that happens in its middle, ended with the closing samples in."""
         self.tick(20)
         view = self.windows.begin([GPU])
         self.tick(int(seconds * 5))
-        before()  # type: ignore[operator]
+        before()
         self.tick(int(seconds * 5))
         return self._closed(view.id)
 

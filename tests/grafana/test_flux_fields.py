@@ -40,8 +40,9 @@ def written() -> dict[str, set[str]]:
     ]
     fields: dict[str, set[str]] = {}
     for line in made:
-        measurement = re.match(r"\w+", line)[0]  # type: ignore[index]
-        fields.setdefault(measurement, set()).update(re.findall(r"[ ,](\w+)=", line))
+        measurement = re.match(r"\w+", line)
+        assert measurement is not None
+        fields.setdefault(measurement[0], set()).update(re.findall(r"[ ,](\w+)=", line))
     return fields
 
 

@@ -167,7 +167,9 @@ def test_every_panel_s_query_has_an_answer(prometheus: Prometheus) -> None:
 def test_every_choice_at_the_top_of_the_page_has_something_to_choose(prometheus: Prometheus) -> None:
     for variable in DOCUMENT["templating"]["list"]:
         if variable["type"] == "query":
-            series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
+            asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+            assert asked is not None
+            series, label = asked.groups()
             assert prometheus.query(f"count by ({label}) ({filled_in(series)})"), variable["name"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from powerd.model import ClockPlan, Control, Interval
 from tests.hw.rig import Powerd, Rig
@@ -12,19 +13,19 @@ SAFE = 1500
 CEILING = Interval(210, 1980)
 
 
-def plan_for(rig: Rig, *, gpu: int = 0, **other: object) -> ClockPlan:
+def plan_for(rig: Rig, *, gpu: int = 0, **other: Any) -> ClockPlan:
     plan = ClockPlan("p1", rig.uuids[gpu], CLOCKS, SAFE, iteration_s=600.0)
-    return replace(plan, **other)  # type: ignore[arg-type]
+    return replace(plan, **other)
 
 
-def held(rig: Rig, ceiling: Interval = CEILING, **more: object) -> Powerd:
+def held(rig: Rig, ceiling: Interval = CEILING, **more: Any) -> Powerd:
     """A powerd whose first GPU's SM clock is wanted below a ceiling."""
     powerd = rig.connect()
-    seq = powerd.desire((rig.uuids[0], Control.SM_CLOCK, ceiling), **more)  # type: ignore[arg-type]
+    seq = powerd.desire((rig.uuids[0], Control.SM_CLOCK, ceiling), **more)
     powerd.outcome(seq, rig.uuids[0], Control.SM_CLOCK)
     return powerd
 
 
-def served(rig: Rig, ceiling: Interval = CEILING, **more: object) -> Powerd:
+def served(rig: Rig, ceiling: Interval = CEILING, **more: Any) -> Powerd:
     rig.serve()
     return held(rig, ceiling, **more)

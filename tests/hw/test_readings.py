@@ -93,7 +93,11 @@ def test_a_clock_that_nobody_set_is_there_in_every_reading(rig: Rig) -> None:
     powerd = rig.connect()
     for _ in range(6):
         begin = powerd.snapshots
-        powerd.until(lambda begin=begin: powerd.snapshots > begin)  # type: ignore[misc]
+
+        def newer(begin: int = begin) -> bool:
+            return powerd.snapshots > begin
+
+        powerd.until(newer)
         assert all(r.sm_clock_mhz is not None and r.clock_event_reasons is not None for r in powerd.readings)
 
 

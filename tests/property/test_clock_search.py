@@ -86,7 +86,7 @@ def test_who_cannot_measure_stays_at_the_top_clock_until_it_can() -> None:
 def test_whatever_is_reported_it_proposes_what_there_is_and_all_ranks_the_same(
     clocks: list[int], reports: list[tuple[bool, float, float]]
 ) -> None:
-    one, other = Search(clocks), Search(reversed(clocks))  # type: ignore[arg-type]
+    one, other = Search(clocks), Search(clocks[::-1])
     late: list[int] = []
     for hold, time_s, energy_j in reports:
         first, second = one.propose(), other.propose()

@@ -185,8 +185,9 @@ def test_a_hard_limit_does_not_wait_for_the_dwell() -> None:
     capped = run(
         [lease("l1", 300, 1500), lease("cap", 210, 900, kind=WantClass.BUDGET)], LimitsConfig(), dict(first.held), NOW + 1
     )
-    assert sm(capped).value is not None
-    assert sm(capped).value.high == 900  # type: ignore[union-attr]
+    value = sm(capped).value
+    assert value is not None
+    assert value.high == 900
 
 
 def test_a_value_that_nobody_backs_any_more_does_not_outlive_its_lease() -> None:

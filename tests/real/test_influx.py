@@ -59,7 +59,11 @@ class Feeder:
         self.start(event_at)
         try:
             for chunk, action in script:
-                wait_for(f"chunk {chunk} is spooled", lambda chunk=chunk: self.chunk() >= chunk, 60)  # type: ignore[misc]
+
+                def spooled(chunk: int = chunk) -> bool:
+                    return self.chunk() >= chunk
+
+                wait_for(f"chunk {chunk} is spooled", spooled, 60)
                 action()
                 if self.process is not None and self.process.poll() is not None:
                     self.start(event_at)

@@ -101,7 +101,8 @@ class Endpoint:
     def __init__(self, engine: Engine, path: Path | None = None, port: int = 0) -> None:
         self.engine = engine
         self.text: str | bytes | None = None  # instead of the engine's page
-        self.status, self.headers = 200, {}  # type: ignore[var-annotated]
+        self.status = 200
+        self.headers: dict[str, str] = {}
         self.asked = self.connections = 0
         self.release = threading.Event()
         self.release.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -39,8 +40,8 @@ class Rig:
         self.engine = Engine(running=1)
         self.window = LoadWindow(SLO, window_s=2)
         self.now_s = 0.0
-        settings = {"stale_s": 4.0, "good_scrapes": 3, "park_after_s": 10.0, **options}
-        self.governor = Governor(self.policy, SLO, CLOCKS, now_s=0.0, **settings)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"stale_s": 4.0, "good_scrapes": 3, "park_after_s": 10.0, **options}
+        self.governor = Governor(self.policy, SLO, CLOCKS, now_s=0.0, **settings)
 
     def good(self, times: int = 1, ttft: float = 0.2) -> int | None:
         for _ in range(times):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,8 @@ LINES = [f"m,t=a v={n}i {n}" for n in range(40)]
 class Rig:
     """A spool, its delivery, and a server to send to."""
 
-    def __init__(self, folder: Path, url: str, **keys: object) -> None:
-        config = InfluxConfig(url=url, org="o", bucket="b", **{"timeout_s": 0.5, **keys})  # type: ignore[arg-type]
+    def __init__(self, folder: Path, url: str, **keys: Any) -> None:
+        config = InfluxConfig(url=url, org="o", bucket="b", **{"timeout_s": 0.5, **keys})
         self.spool = Spool(folder / "spool.sqlite", 64 << 20, 10**18)
         self.told: list[tuple[str, str]] = []
         self.token = "first"
@@ -63,7 +64,7 @@ def server() -> Iterator[ScriptedServer]:
 def make(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     made: list[Rig] = []
 
-    def rig(url: str, **keys: object) -> Rig:
+    def rig(url: str, **keys: Any) -> Rig:
         made.append(Rig(tmp_path, url, **keys))
         return made[-1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from powerd.api import JobEvent, JobStep
 from powerd.clock import NS, RealClock
@@ -21,8 +22,8 @@ def open_store(folder: Path, config: StoreConfig | None = None) -> Store:
     return Store(folder / "store.sqlite", config or StoreConfig(), RealClock())
 
 
-def report(table: JobTable, kind: str, now_s: float, **more: object) -> None:
-    table.add("train/1", 1000, JobEvent(kind, **more), T0_NS + round(now_s * NS), round(now_s * NS))  # type: ignore[arg-type]
+def report(table: JobTable, kind: str, now_s: float, **more: Any) -> None:
+    table.add("train/1", 1000, JobEvent(kind, **more), T0_NS + round(now_s * NS), round(now_s * NS))
 
 
 def step(table: JobTable, number: int, now_s: float, energy_j: float | None = 100.0, plan: str | None = None) -> None:

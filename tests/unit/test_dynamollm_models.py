@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,8 @@ ROWS = fit.latencies(DATA.read_text())
 POWERS = fit.of_gpu(fit.batch_powers(WATTS.read_text()), fit.H100)
 
 
-def h100(**assumed: float) -> EngineModel:
-    return fit.build(ROWS, fit.H100, assumed=fit.Assumptions(**assumed), batches=POWERS)  # type: ignore[arg-type]
+def h100(**assumed: Any) -> EngineModel:
+    return fit.build(ROWS, fit.H100, assumed=fit.Assumptions(**assumed), batches=POWERS)
 
 
 @pytest.mark.parametrize("gpu", ["h100", "a100"])

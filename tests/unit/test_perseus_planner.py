@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,8 +97,8 @@ def test_a_deadline_that_is_no_time_is_refused(deadline_s: float) -> None:
         plan(small([], [0], [[(1.0, 1.0)]], [0]), deadline_s)
 
 
-def broken(**changes: object) -> Problem:
-    return dataclasses.replace(small([(0, 1)], [0, 1], [[(1.0, 3.0), (2.0, 1.0)]], [0, 0]), **changes)  # type: ignore[arg-type]
+def broken(**changes: Any) -> Problem:
+    return dataclasses.replace(small([(0, 1)], [0, 1], [[(1.0, 3.0), (2.0, 1.0)]], [0, 0]), **changes)
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,8 @@ def test_a_stage_under_a_ceiling_is_planned_with_its_top_clock_at_the_ceilings_t
 def test_deadlines_follow_the_slowest_other_pipeline(here: bool) -> None:
     order = tuple(keys(rank) for rank in schedules.order("1f1b", 2, 4))
     rows = [row for mhz in CLOCKS for row in sheet(mhz).rows]
-    planner = planning((order, order), rows, BLOCKING_W, Options(plan_locally=here), "p", _Daemon())  # type: ignore[arg-type]
+    daemon: Any = _Daemon()
+    planner = planning((order, order), rows, BLOCKING_W, Options(plan_locally=here), "p", daemon)
     usual, other = planner.plan(MakePlan(({}, {}), {}))
     assert usual == other
     assert usual["iteration_s"] <= usual["baseline_s"] * (1 + 1e-9)
@@ -231,7 +232,8 @@ def test_deadlines_follow_the_slowest_other_pipeline(here: bool) -> None:
 def test_a_pipeline_with_fewer_microbatches_takes_the_time_of_the_longer_one() -> None:
     orders = tuple(tuple(keys(rank) for rank in schedules.order("1f1b", 2, m)) for m in (4, 6))
     rows = [row for mhz in CLOCKS for row in sheet(mhz).rows]
-    short, long = planning(orders, rows, BLOCKING_W, Options(), "p", _Daemon()).plan(MakePlan(({}, {}), {}))  # type: ignore[arg-type]
+    daemon: Any = _Daemon()
+    short, long = planning(orders, rows, BLOCKING_W, Options(), "p", daemon).plan(MakePlan(({}, {}), {}))
     assert short["deadline_s"] == long["deadline_s"] == pytest.approx(long["baseline_s"])
     assert short["iteration_s"] > short["baseline_s"] * 1.05
     assert [len(plan["clocks"][0]) for plan in (short, long)] == [8, 12]
@@ -251,7 +253,9 @@ class _Daemon:
         baseline = baselines.max_clock(problem)
         fastest_s = planner.fastest(problem).iteration_time_s
         deadline_s = document.deadline_s(deadline, baseline.iteration_time_s, fastest_s)
-        return json.loads(json.dumps(document.to_json(planner.plan(problem, deadline_s, parsed.switching), baseline)))  # type: ignore[no-any-return]
+        found = document.to_json(planner.plan(problem, deadline_s, parsed.switching), baseline)
+        answer: dict[str, Any] = json.loads(json.dumps(found))
+        return answer
 
 
 def test_instructions_too_short_for_a_change_of_clock_are_planned_all_the_same() -> None:
@@ -271,8 +275,9 @@ def test_instructions_too_short_for_a_change_of_clock_are_planned_all_the_same()
 
 def test_a_daemon_that_makes_no_plan_is_an_error_that_says_so() -> None:
     order = tuple(keys(rank) for rank in schedules.order("1f1b", 2, 2))
+    daemon: Any = SimpleNamespace(perseus_plan=lambda job: {})
     with pytest.raises(Exception, match="the daemon made no plan"):
-        AtDaemon([], order, 80.0, {}, SimpleNamespace(perseus_plan=lambda job: {})).at(None)  # type: ignore[arg-type]
+        AtDaemon([], order, 80.0, {}, daemon).at(None)
 
 
 def test_waiting_for_gradients_inside_the_last_backward_is_no_work() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_evaluation_and_broken_steps_mean_the_safe_clock_and_training_resumes(
 
 
 def test_ranks_that_disagree_are_named_once_and_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def recorded(pipeline: int, rank: int, order: list) -> list:  # type: ignore[type-arg]
+    def recorded(pipeline: int, rank: int, order: list[Any]) -> list[Any]:
         return order if (pipeline, rank) != (1, 2) else [*order[2:], *order[:2]] if False else _swapped(order)
 
     job = Job(tmp_path, pipelines=2, recorded=recorded, name="gpipe")
@@ -78,7 +79,7 @@ def test_ranks_that_disagree_are_named_once_and_left_alone(tmp_path: Path, caplo
     assert all(rank.client.released for rank in job.ranks)
 
 
-def _swapped(order: list) -> list:  # type: ignore[type-arg]
+def _swapped(order: list[Any]) -> list[Any]:
     half = len(order) // 2
     return [*order[:half], order[half + 1], order[half], *order[half + 2 :]]
 
@@ -195,5 +196,6 @@ def test_the_other_pipeline_follows_a_straggler_and_both_come_back(tmp_path: Pat
     assert {rank.conductor.plan["id"] for rank in job.ranks if rank.conductor.plan} == plans  # calm while nothing changes
     victim.slower, victim.ceiling_mhz, victim.clamped_mhz = 1.0, CLOCKS[-1], None
     job.steps(14)
-    assert job.ranks[0].conductor.plan["id"] == usual["id"]  # type: ignore[index]
-    assert job.ranks[5].conductor.plan["id"] == usual["id"]  # type: ignore[index]
+    for rank in (job.ranks[0], job.ranks[5]):
+        assert rank.conductor.plan is not None
+        assert rank.conductor.plan["id"] == usual["id"]

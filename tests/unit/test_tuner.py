@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from threading import Barrier, Thread
 
 import pytest
@@ -55,7 +56,7 @@ def test_blocks_last_as_long_as_asked_and_the_search_ends() -> None:
 
 def test_ranks_that_measure_differently_decide_alike() -> None:
     ranks = Ranks(3)
-    tuners = [Tuner(Search(CLOCKS), exchange=lambda mine, rank=rank: ranks.of(rank, mine)) for rank in range(3)]  # type: ignore[misc]
+    tuners = [Tuner(Search(CLOCKS), exchange=partial(ranks.of, rank)) for rank in range(3)]
     wanted: list[list[int]] = [[], [], []]
 
     def train(rank: int) -> None:
@@ -72,7 +73,7 @@ def test_ranks_that_measure_differently_decide_alike() -> None:
 
 def test_one_rank_that_cannot_measure_keeps_all_at_the_top() -> None:
     ranks = Ranks(2)
-    tuners = [Tuner(Search(CLOCKS), exchange=lambda mine, rank=rank: ranks.of(rank, mine)) for rank in range(2)]  # type: ignore[misc]
+    tuners = [Tuner(Search(CLOCKS), exchange=partial(ranks.of, rank)) for rank in range(2)]
     wanted: list[list[int]] = [[], []]
 
     def train(rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,9 +20,9 @@ LIGHT = InstanceLoad(running=8, requests_per_s=0.5, prompt_tokens_per_s=300.0, o
 BUSY = InstanceLoad(running=60, queued=2, queued_prompt_tokens=900, requests_per_s=4.0, prompt_tokens_per_s=4000.0)
 
 
-def controller(**more: object) -> InstanceController:
-    settings: dict[str, object] = {"dwell_s": 10.0, "memory_s": 5.0, "peers": 12}
-    return InstanceController(MODEL, 4, Slo(2.0, 0.1), **{**settings, **more})  # type: ignore[arg-type]
+def controller(**more: Any) -> InstanceController:
+    settings: dict[str, Any] = {"dwell_s": 10.0, "memory_s": 5.0, "peers": 12}
+    return InstanceController(MODEL, 4, Slo(2.0, 0.1), **{**settings, **more})
 
 
 def settled(load: InstanceLoad, **more: object) -> int:

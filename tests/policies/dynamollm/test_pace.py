@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,6 @@ def test_what_is_ahead_of_a_reader_shrinks_with_time() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"tokens_per_s": 0.0}, {"by_class": {"SS": -1.0}}, {"faster": 0.5}])
-def test_impossible_readers_are_refused(bad: dict[str, object]) -> None:
+def test_impossible_readers_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"read"):
-        Pace(**bad)  # type: ignore[arg-type]
+        Pace(**bad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerd_policies.dynamollm.fleet import InstanceState
+from powerd_policies.dynamollm.fleet import InstanceState, Phase
 from powerd_policies.dynamollm.pool import Shape
 from powerd_policies.dynamollm.reconcile import reconcile
 
@@ -37,10 +37,11 @@ def test_instances_change_pool_rather_than_stop() -> None:
     assert [(member.id, member.pool) for member in members] == [("SL-0", "LL"), ("SL-1", "LL")]
 
 
+PHASES: tuple[Phase, ...] = ("serving", "starting", "draining")
 STATES = st.lists(
-    st.tuples(st.sampled_from((2, 4, 8)), st.sampled_from(("SL", "LL")), st.sampled_from(("serving", "starting", "draining"))),
+    st.tuples(st.sampled_from((2, 4, 8)), st.sampled_from(("SL", "LL")), st.sampled_from(PHASES)),
     max_size=12,
-).map(lambda rows: [InstanceState(f"{pool}-{n}", pool, tp, 1980, phase) for n, (tp, pool, phase) in enumerate(rows)])  # type: ignore[arg-type]
+).map(lambda rows: [InstanceState(f"{pool}-{n}", pool, tp, 1980, phase) for n, (tp, pool, phase) in enumerate(rows)])
 SHAPES = st.fixed_dictionaries(
     {
         pool: st.lists(

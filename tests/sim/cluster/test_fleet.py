@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ def steady(count: int, every_s: float, prompt: int = 50, output: int = 50) -> Re
     return Requests.of(np.arange(count) * every_s, [prompt] * count, [output] * count, patient())
 
 
-def begun(requests: Requests, *wants: tuple[str | None, int, int], gpus: int = 8, **config: float) -> Cluster:
-    cluster = Cluster(toy(), requests, patient(), replace(CONFIG, **config), gpus)  # type: ignore[arg-type]
+def begun(requests: Requests, *wants: tuple[str | None, int, int], gpus: int = 8, **config: Any) -> Cluster:
+    cluster = Cluster(toy(), requests, patient(), replace(CONFIG, **config), gpus)
     cluster.apply(fleet(*wants))
     return cluster
 

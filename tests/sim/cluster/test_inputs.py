@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -58,9 +59,9 @@ def test_requests_are_classified_as_the_classes_do() -> None:
         ({"park_after_s": float("inf")}, "park_after_s is inf"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(wrong: dict[str, object], message: str) -> None:
+def test_a_config_that_cannot_be_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClusterConfig(**wrong)  # type: ignore[arg-type]
+        ClusterConfig(**wrong)
 
 
 def test_what_the_model_does_not_hold_is_refused() -> None:

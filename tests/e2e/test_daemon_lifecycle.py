@@ -93,13 +93,6 @@ def test_hw_of_another_version_or_that_refuses_is_named(own: Rig, wire: int | No
     assert own.hw.tables == []
 
 
-def test_a_required_gpu_that_is_missing_ends_it_with_69(own: Rig) -> None:
-    own.hw.gpus = []
-    process = own.start("--require-gpu", wait=False)
-    assert process.wait(60) == 69
-    assert "no GPU can be read" in own.log()
-
-
 def test_it_tells_its_service_manager_and_feeds_the_watchdog(own: Rig) -> None:
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.settimeout(15)

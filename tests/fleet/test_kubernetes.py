@@ -1,6 +1,6 @@
 """The manifests as far as they can be judged without a cluster: names that refer to each other, and the fields that matter.
 
-House rule: structure and references are checked here, not Kubernetes' schemas; nothing has been applied to a cluster.
+House rule: structure and references are checked here, and Kubernetes' own schemas; nothing has been applied to a cluster.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -18,6 +19,8 @@ from powerd_integrations.keda.hpa import Hpa
 from powerd_integrations.keda.scaler import METRIC, Asked
 
 FOLDER = Path(__file__).resolve().parents[2] / "integrations" / "kubernetes"
+KUBERNETES = "1.37"
+OTHERS = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}  # KEDA's and the Prometheus operator's, which bring their own
 FILES = sorted(FOLDER.glob("*.yaml"))
 DOCUMENTS = [document for file in FILES for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
 
@@ -44,6 +47,14 @@ def test_every_object_says_what_it_is(document: dict[str, Any]) -> None:
     assert re.fullmatch(r"(v1|[a-z.]+/v\d+((alpha|beta)\d+)?)", document["apiVersion"])
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
     assert "spec" in document or document["kind"] == "ConfigMap"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: f"{d['kind']}-{d['metadata']['name']}")
+def test_kubernetes_own_schema_takes_it_and_no_field_is_unknown(document: dict[str, Any]) -> None:
+    try:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    except kubernetes_validate.SchemaNotFoundError:
+        assert document["apiVersion"] in OTHERS
 
 
 def test_no_two_objects_have_one_name() -> None:

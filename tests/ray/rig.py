@@ -117,11 +117,18 @@ class Outcome:
         return self.status == 200 and self.whole and self.ttft_s <= TTFT_S and self.worst_gap_s <= TBT_S
 
 
+def node(gpus: int) -> LiveNode:
+    """A node with powerd, which soon calls a replica idle or stale."""
+    return LiveNode(gpus=gpus, model="h100-sxm", more="[replicas]\nstale_s = 2\npark_after_s = 1\ngood_scrapes = 2\n")
+
+
 class Service:
     """The whole service; use as a context manager."""
 
+    gpus = GPUS  # of its node
+
     def __init__(self) -> None:
-        self.live = LiveNode(gpus=GPUS, model="h100-sxm", more="[replicas]\nstale_s = 2\npark_after_s = 1\ngood_scrapes = 2\n")
+        self.live = node(self.gpus)
         self.port = free_port()
         self._planner_at = f"127.0.0.1:{free_port()}"
         self._numbers = iter(range(10**6))
@@ -143,27 +150,31 @@ class Service:
                     str(self.config),
                     str(self.live.root / "ry"),
                     str(self.port),
-                    str(GPUS),
+                    str(self.gpus),
                 ]
                 env = {**self.live.env, "PYTHONPATH": f"{LOOPBACK}{os.pathsep}{source_path()}"}
                 self._ray = subprocess.Popen(argv, env=env, cwd=self.live.root, text=True, stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # fmt: skip
-            assert self._hear()["ready"]
+            self.address = str(self._hear()["address"])  # of Ray, when all is ready
         except BaseException:
             self.close()
             raise
 
     def _toml(self) -> str:
         # The engine is powerd's own and runs in powerd's environment; Ray's has only what a service's image would have.
-        job = [sys.executable, str(JOBS / "engine_job.py"), str(self.live.root), "{id}", "{metrics_port}", "{port}"]
-        engine = [*command("powerd", "sim", "engine"), "--model", "llama2-70b_h100", "--gpus", "{gpus}", "--tp", "{tp}",
-                  "--shutdown-timeout", "20"]  # fmt: skip
         tbt_s = {**dict.fromkeys(NAMES, TBT_S), STRICT: STRICT_TBT_S}
         return FLEET.format(
-            gpus=GPUS, model=MODEL, command=json.dumps([*job, *engine]), listen=self._planner_at, socket=self.live.socket,
+            gpus=GPUS, model=MODEL, command=self._engine(), listen=self._planner_at, socket=self.live.socket,
             ttft="\n".join(f"{name} = {TTFT_S}" for name in NAMES),
             tbt="\n".join(f"{name} = {value}" for name, value in tbt_s.items()),
         )  # fmt: skip
+
+    def _engine(self) -> str:
+        """What starts an engine, as a file has it."""
+        job = [sys.executable, str(JOBS / "engine_job.py"), str(self.live.root), "{id}", "{metrics_port}", "{port}"]
+        engine = [*command("powerd", "sim", "engine"), "--model", "llama2-70b_h100", "--gpus", "{gpus}", "--tp", "{tp}",
+                  "--shutdown-timeout", "20"]  # fmt: skip
+        return json.dumps([*job, *engine])
 
     # --- Ray ------------------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def problem(command: Sequence[str], chunk_tokens: int) -> str:
 def _said(command: Sequence[str], option: str) -> str | None:
     for n, word in enumerate(command):
         name, has_value, value = word.partition("=")
-        if name == option:
+        if name.replace("_", "-") == option:
             return value if has_value else command[n + 1] if n + 1 < len(command) else ""
     return None
 

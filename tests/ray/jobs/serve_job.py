@@ -45,7 +45,7 @@ def main() -> None:
     )  # fmt: skip
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     serve.run(build({"config": config}), name="fleet", route_prefix="/")
-    say(ready=True)
+    say(ready=True, address=ray.get_runtime_context().gcs_address)
     for line in sys.stdin:
         match line.strip():
             case "replicas":

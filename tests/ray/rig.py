@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from powerd_integrations.fleet import scrape
 from powerd_integrations.fleet.published import PublishedPlan, from_json
@@ -337,7 +337,7 @@ class Service:
         self.live.close()
         shutil.rmtree(self.live.root, ignore_errors=True)
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

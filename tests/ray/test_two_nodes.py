@@ -16,7 +16,7 @@ from tests.e2e.live import LiveNode, wait_for
 from tests.ray.rig import JOBS, LOOPBACK, MODEL, Outcome, Service, node
 from tests.rayenv import ray_python, source_path
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.xdist_group("ray")]
 
 FLEET = """\
 [planner]

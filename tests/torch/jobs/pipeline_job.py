@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Phase:
 
 
 PHASES = {
-    "alone": Phase(powerd=False),
+    "alone": Phase(powerd=False),  # as many steps as the longest of its schedule before it took
     "plain": Phase(follows=8),
     "missing": Phase(6, socket="/nonexistent/powerd.sock"),
     "disturbed": Phase(follows=8, evaluate_at=2, disturb_at=4),
@@ -231,11 +231,14 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     gpu = Gpu(int(os.environ["LOCAL_RANK"]), world)
-    said = {}
+    said: dict[str, dict[str, Any]] = {}
+    steps: dict[str, int] = {}
     for training in args.trainings:
         name, _, phase = training.partition(":")
         print(f"PHASE {training}", file=sys.stderr, flush=True)
-        said[training] = train(name, PHASES[phase], rank, world, gpu, args.daemon)
+        what = PHASES[phase] if phase != "alone" else replace(PHASES[phase], steps=steps[name])
+        said[training] = train(name, what, rank, world, gpu, args.daemon)
+        steps[name] = max(steps.get(name, 0), len(said[training]["losses"]))
         dist.barrier()
         if phase == "plain":
             job = Client().job(f"test-{name}")  # what the daemon knows of it

@@ -7,6 +7,7 @@ with its engine, so that Serve replaces it and sends it nothing: one that went o
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -28,6 +30,7 @@ from powerd_policies.dynamollm.fleet import InstanceLoad, InstanceState, Phase
 
 log = logging.getLogger("powerd.ray_serve")
 POLL_S: Final = 0.1
+ENDS_S: Final = 5.0  # an engine that is not well for so long, and does not end, is told of
 PATHS: Final = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -76,12 +79,23 @@ class EngineReplica:
         try:
             async with self._session.post(self._url + path, json=body, headers=passed) as answer:
                 if answer.status >= 500:
-                    raise EngineError(f"{self.id} answered {answer.status}: {(await answer.text())[:200]}")
+                    raise await self._broken(f"{self.id} answered {answer.status}: {(await answer.text())[:200]}")
                 yield b"%d" % answer.status
                 async for chunk in answer.content.iter_any():
                     yield chunk
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineError(f"{self.id} broke off: {type(error).__name__} {error}") from None
+            raise await self._broken(f"{self.id} broke off: {type(error).__name__} {error}") from None
+
+    async def _broken(self, what: str) -> EngineError:
+        """Return the error to raise, at once where the engine is well.
+
+        One that is not well is about to take this process with it. Who would refuse until then, at once and again, would use up
+        every attempt of a request.
+        """
+        end_s = time.monotonic() + ENDS_S
+        while self._phase == "serving" and time.monotonic() < end_s and not await asyncio.to_thread(self._well):
+            await asyncio.sleep(POLL_S)
+        return EngineError(what)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what Serve's autoscaler sees of this replica (``ctx.aggregated_metrics``)."""
@@ -138,20 +152,21 @@ class EngineReplica:
         return f"http://127.0.0.1:{port}"
 
     def _wait_until_healthy(self) -> None:
-        import urllib.request
-
         end_s = time.monotonic() + self._settings.engine.start_timeout_s
-        while True:
-            try:
-                with urllib.request.urlopen(self._url + self._settings.engine.health, timeout=2.0):  # noqa: S310  (our engine)
-                    return
-            except OSError as error:
-                self.check_health()
-                if time.monotonic() > end_s:
-                    self._stop()
-                    waited = f"{self._settings.engine.start_timeout_s:g} s"
-                    raise EngineError(f"the engine of {self.id} is not healthy after {waited}: {error}") from None
+        while not self._well():
+            self.check_health()
+            if time.monotonic() > end_s:
+                self._stop()
+                waited = f"{self._settings.engine.start_timeout_s:g} s"
+                raise EngineError(f"the engine of {self.id} is not healthy after {waited}")
             time.sleep(POLL_S)
+
+    def _well(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._url + self._settings.engine.health, timeout=2.0):  # noqa: S310  (our engine)
+                return True
+        except OSError:
+            return False
 
     def _end_with(self, child: subprocess.Popen[bytes]) -> None:
         code = child.wait()

@@ -180,6 +180,11 @@ token_file = "{self.token_file}"
         """The GPUs by index."""
         return [str(row["uuid"]) for row in self.node.show()["gpus"]]
 
+    @property
+    def locked(self) -> int:
+        """How many GPUs have locked clocks, as the simulator knows."""
+        return sum(bool(row["locked_clocks_mhz"]) for row in self.node.show()["gpus"])
+
     # --- doors --------------------------------------------------------------------------------------------------------------
 
     def run(self, argv: Sequence[str], *, stdin: str | None = None, env: Mapping[str, str] | None = None) -> Answer:

@@ -50,10 +50,6 @@ def get(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def locked(node: LiveNode) -> int:
-    return sum(bool(row["locked_clocks_mhz"]) for row in node.node.show()["gpus"])
-
-
 def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_path: Path) -> None:
     port, engine_port = free_port(), free_port()
     file = tmp_path / "fleet.toml"
@@ -82,7 +78,7 @@ def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_p
         assert plan["held"] == "no router has reported yet"
         (view,) = node.client.replicas()
         assert view.slo == SloSpec(2.0, 0.1, (SloClass(255, 0.25),))
-        wait_for("powerd lowers the idle engine's clocks", lambda: locked(node) == 4)
+        wait_for("powerd lowers the idle engine's clocks", lambda: node.locked == 4)
         wait_for("the planner is told the clock", lambda: 0 < get(f"{planner_url}/v1/plan")["serving"][0]["clock_mhz"] < 1980)
 
         answers: list[int] = []
@@ -104,7 +100,7 @@ def test_an_engine_is_registered_reported_drained_and_gone(node: LiveNode, tmp_p
         assert answers == [100] * 4, "what ran was finished"
         assert sidecar.wait(30) == 0
         assert node.client.replicas() == ()
-        assert locked(node) == 0
+        assert node.locked == 0
         planner.terminate()
         assert planner.wait(20) == 0
         assert json.loads((tmp_path / "plan.json").read_text())["desired_replicas"] == plan["desired_replicas"], "readers keep it"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.live import LiveNode, wait_for
+from tests.e2e.live import wait_for
 from tests.ray.rig import JOBS, LOOPBACK, MODEL, Outcome, Service, node
 from tests.rayenv import ray_python, source_path
 
@@ -92,10 +92,6 @@ def service() -> Iterator[TwoNodes]:
         yield running
 
 
-def locked(live: LiveNode) -> int:
-    return sum(bool(row["locked_clocks_mhz"]) for row in live.node.show()["gpus"])
-
-
 def answered(service: TwoNodes, count: int) -> None:
     outcomes: list[Outcome] = [sent.result(60) for sent in [service.send(tokens=20) for _ in range(count)]]
     assert [o for o in outcomes if not (o.status == 200 and o.whole and o.tokens == 20 and not o.error)] == []
@@ -109,15 +105,15 @@ def test_each_replica_has_its_lease_at_its_own_node(service: TwoNodes) -> None:
     assert [views[0].gpus for views in held] == [tuple(live.uuids) for live in (service.live, service.other)]
     answered(service, 12)
     for live in (service.live, service.other):
-        wait_for("idle clocks are lowered by each node", lambda live=live: locked(live) == 2)  # type: ignore[misc]
+        wait_for("idle clocks are lowered by each node", lambda live=live: live.locked == 2)  # type: ignore[misc]
 
 
 def test_a_daemon_that_is_killed_is_its_own_nodes_affair(service: TwoNodes) -> None:
     os.kill(service.other.process.pid, signal.SIGKILL)
     service.other.process.wait()
-    wait_for("its clocks are back at baseline", lambda: locked(service.other) == 0, 15)
+    wait_for("its clocks are back at baseline", lambda: service.other.locked == 0, 15)
     answered(service, 6)
-    wait_for("the other node's are lowered as before", lambda: locked(service.live) == 2)
+    wait_for("the other node's are lowered as before", lambda: service.live.locked == 2)
     service.other.start()
     wait_for("the replica is registered again", lambda: len(service.other.client.replicas()) == 1, 40)
 
@@ -126,5 +122,5 @@ def test_a_node_that_leaves_takes_its_replica_and_no_request(service: TwoNodes) 
     service.leave()
     answered(service, 6)
     wait_for("its lease is gone", lambda: service.other.client.replicas() == (), 30)
-    wait_for("and no clock is held there", lambda: locked(service.other) == 0)
+    wait_for("and no clock is held there", lambda: service.other.locked == 0)
     wait_for("the planner knows", lambda: service.serving() == {2: 1}, 30)

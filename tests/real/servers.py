@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,7 +139,7 @@ def answers(url: str) -> bool:
     return True
 
 
-class Server:
+class Server(ABC):
     """A real server process on loopback; stopped and started again it keeps its port and its data."""
 
     name = ""
@@ -152,9 +153,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def command(self) -> list[str]:
         """How it is started."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Start it and wait until it answers."""

@@ -210,7 +210,7 @@ class LivePlanner:
             raise ValueError(f"a plan with tensor parallelism {unknown}")
         self._wanted, self._decided_s, self._decided_unix_s = plan, now_s, self._unix_s()
         self._note(plan.events)
-        counts = Counter(Group(want.pool, want.tp) for want in plan.instances)
+        counts = _counted(plan)
         cut = {group: count for group, count in counts.items() if count > self._groups.get(group, (0, 0))[1]}
         if cut.keys() - self._cut:
             said = "; ".join(_says_cut(group, cut[group], self._groups) for group in sorted(cut.keys() - self._cut))
@@ -270,9 +270,13 @@ class LivePlanner:
         return plan
 
 
+def _counted(plan: FleetPlan) -> Counter[Group]:
+    return Counter(Group(want.pool, want.tp) for want in plan.instances)
+
+
 def _wanted(plan: FleetPlan, groups: Mapping[Group, tuple[int, int]]) -> handover.Wanted:
     """Count the wanted instances by group, within the bounds that the autoscaler has; what is no group is nobody's to start."""
-    counts = Counter(Group(want.pool, want.tp) for want in plan.instances)
+    counts = _counted(plan)
     return handover.Wanted({group: min(most, max(least, counts[group])) for group, (least, most) in groups.items()}, plan.routes)
 
 

@@ -206,7 +206,8 @@ def _check(settings: FleetSettings, name: str) -> None:
         raise _bad(name, "[engine] has a command and a url: a replica starts its engine or uses one, not both")
     if not 1 <= settings.engine.chunk_tokens <= 1 << 20:
         raise _bad(name, "[engine] chunk_tokens: 1 to 1048576")
-    if wrong := chunk.problem(settings.engine.command, settings.engine.chunk_tokens):
+    tokens = settings.engine.chunk_tokens
+    if wrong := chunk.problem([word.replace("{chunk_tokens}", str(tokens)) for word in settings.engine.command], tokens):
         raise _bad(name, f"[engine] {wrong}")
     if settings.engine.priorities and settings.engine.command and not any("priority" in word for word in settings.engine.command):
         raise _bad(name, "[engine] priorities: the command starts an engine that does not go by them; vLLM's option is "
